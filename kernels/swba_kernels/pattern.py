@@ -78,7 +78,9 @@ class BlockWindow:
         _check_int("sink_frames", sink_frames, 0)
         _check_int("first_block_frames", first_block_frames, 0)
         if window_frames < frames_per_block:
-            raise ValueError(f"window_frames: expected at least frames_per_block ({frames_per_block}), got {window_frames}")
+            raise ValueError(
+                f"window_frames: expected at least frames_per_block ({frames_per_block}), got {window_frames}"
+            )
         if first_block_frames > frames_per_block:
             raise ValueError(
                 f"first_block_frames: expected at most frames_per_block ({frames_per_block}), got {first_block_frames}"

@@ -145,7 +145,14 @@ def ring_layout(position: int, capacity: int, sink: int) -> tuple[list[int], lis
 
 
 def ring_write_reference(
-    k_ring: Tensor, v_ring: Tensor, k: Tensor, v: Tensor, position: Tensor, *, sink: int = 0, lanes: Tensor | None = None
+    k_ring: Tensor,
+    v_ring: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    *,
+    sink: int = 0,
+    lanes: Tensor | None = None,
 ) -> None:
     """Write tokens position[b] .. position[b]+N-1 of each row into its ring lane, one after the other."""
     window = k_ring.shape[2] - sink
