@@ -1,0 +1,45 @@
+# make demo    stream the shipped world to out/stream.mp4 and out/stream.png
+# make test    the CPU test suite
+# make lint    ruff;   make types   pyright;   make clean   remove what make made
+#
+# Every target creates .venv when it is missing and does nothing when it is up to date.
+# TORCH chooses the torch to install: make test TORCH=torch takes the newest.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+JOBS   ?= 2
+FRAMES ?= 240
+OUT    ?= out
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint types clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/swba-infer generate --model freedoom --context demo --frames $(FRAMES) --out $(OUT)/stream.mp4 --sheet $(OUT)/stream.png
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu and not interpreter" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) -m interpreter tests/kernels $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" -e ".[video]"
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+	$(PIP) "$(TORCH)" -e ".[test,dev]"
+	touch $@

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+INTERPRETER = Path(__file__).parent / "kernels" / "interpreter"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the interpreter folder, and skip what this process cannot run."""
+    import torch
+
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if INTERPRETER in item.path.parents:
+            item.add_marker(pytest.mark.interpreter)
+        if item.get_closest_marker("interpreter") and not interpreting:
+            item.add_marker(pytest.mark.skip(reason="runs under TRITON_INTERPRET=1 only"))
+        if item.get_closest_marker("aot") and interpreting:
+            item.add_marker(pytest.mark.skip(reason="ahead-of-time compiles need TRITON_INTERPRET unset"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
