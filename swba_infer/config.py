@@ -1,0 +1,98 @@
+"""The sizes of a stream, in frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from swba_kernels.pattern import BlockWindow
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """Say how a stream is cut into frames and blocks, and how far a block sees.
+
+    Args:
+        tokens_per_frame: tokens of one (latent) frame, at least 1.
+        frames_per_block: frames that are generated together and see each other fully, at least 1.
+        window_frames: most recent frames that a block sees, its own included; at least `frames_per_block`.
+        sink_frames: first frames of the stream, seen for ever, in addition to the window.
+        first_block_frames: frames of the first block where it is shorter than the others; 0 means it is not.
+
+    Raises:
+        ConfigError: a field is not an int or is out of its range.
+    """
+
+    tokens_per_frame: int
+    frames_per_block: int
+    window_frames: int
+    sink_frames: int = 0
+    first_block_frames: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{field.name}: expected an int, got {type(value).__name__} {value!r}")
+            low = 0 if field.name in ("sink_frames", "first_block_frames") else 1
+            if value < low:
+                raise ConfigError(f"{field.name}: expected at least {low}, got {value}")
+        if self.window_frames < self.frames_per_block:
+            raise ConfigError(
+                f"window_frames: expected at least frames_per_block ({self.frames_per_block}), got {self.window_frames}"
+            )
+        if self.first_block_frames > self.frames_per_block:
+            raise ConfigError(
+                f"first_block_frames: expected at most frames_per_block ({self.frames_per_block}), "
+                f"got {self.first_block_frames}"
+            )
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a regular block."""
+        return self.tokens_per_frame * self.frames_per_block
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of the window: the longest step, too."""
+        return self.tokens_per_frame * self.window_frames
+
+    @property
+    def sink_tokens(self) -> int:
+        """Tokens that are seen for ever."""
+        return self.tokens_per_frame * self.sink_frames
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Slots of the ring: sinks and window."""
+        return self.sink_tokens + self.window_tokens
+
+    @property
+    def pattern(self) -> BlockWindow:
+        """The pattern that trains what this stream plays."""
+        return BlockWindow.from_frames(
+            self.tokens_per_frame,
+            self.frames_per_block,
+            self.window_frames,
+            sink_frames=self.sink_frames,
+            first_block_frames=self.first_block_frames,
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the fields as a plain dict, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StreamConfig:
+        """Build from a dict such as `to_dict` returns; unknown or missing keys raise ConfigError."""
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ConfigError(f"stream: expected only the keys {names}, got {unknown}")
+        missing = [name for name in names[:3] if name not in values]
+        if missing:
+            raise ConfigError(f"stream: expected the keys {names[:3]}, {missing} missing")
+        return cls(**values)
