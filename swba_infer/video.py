@@ -1,0 +1,212 @@
+"""Frames in and out: uint8 [F, H, W, 3] RGB from videos and images, H.264 files and contact sheets from frames.
+
+PyAV and Pillow come with `pip install swba-infer[video]` and are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .errors import ConfigError
+from .files import check_writable, replacing
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+RESIZE = ("area", "nearest", "bicubic")
+
+
+def read_frames(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], limit: int | None = None
+) -> np.ndarray:
+    """Read frames as uint8 [F, H, W, 3].
+
+    Args:
+        source: a video, an image, a directory of images (in name order), or a list of images.
+        limit: keep only the last `limit` frames.
+
+    Raises:
+        ConfigError: nothing there, no frames in it, not decodable, or images of different sizes.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir():
+            paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif not path.is_file():
+            raise ConfigError(f"context: expected a video, an image or a directory of images, got {path}: no such file")
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            paths = [path]
+        else:
+            return _last(_decode(path, limit), limit, path)
+    else:
+        paths = [Path(p) for p in source]
+    images = [_read_image(p) for p in (paths if limit is None else paths[-limit:])]
+    sizes = {image.shape[:2] for image in images}
+    if len(sizes) > 1:
+        raise ConfigError(f"context: expected images of one size, got {sorted(sizes)} (height, width)")
+    return _last(images, limit, source)
+
+
+def resize_frames(frames: np.ndarray, height: int, width: int, method: str = "area") -> np.ndarray:
+    """Resize uint8 [F, H, W, 3] to [F, height, width, 3]; `method` is "area", "nearest" or "bicubic"."""
+    if method not in RESIZE:
+        raise ConfigError(f"resize: expected one of {RESIZE}, got {method!r}")
+    image = _require("PIL.Image")
+    how = {"area": image.Resampling.BOX, "nearest": image.Resampling.NEAREST, "bicubic": image.Resampling.BICUBIC}
+    return np.stack([np.asarray(image.fromarray(frame).resize((width, height), how[method])) for frame in frames])
+
+
+class VideoWriter:
+    """Write H.264 frame by frame; the file appears under its name when the `with` block ends without an exception.
+
+    One encoder thread, so the same frames give the same bytes.
+
+    Args:
+        path: of the video (mp4, mkv, mov); checked for writability at once.
+        fps: frames per second.
+        scale: integer enlargement, every pixel becomes scale x scale.
+        crf: quality, 0 (lossless) to 51.
+
+    Raises:
+        ConfigError: an unwritable path, a bad option, or PyAV is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: float = 10.0, scale: int = 1, crf: int = 16) -> None:
+        self.path = check_writable(path)
+        if self.path.suffix.lower() not in VIDEO_SUFFIXES:
+            raise ConfigError(f"output: expected a name ending in one of {VIDEO_SUFFIXES}, got {self.path}")
+        if not fps > 0:
+            raise ConfigError(f"fps: expected a number above 0, got {fps!r}")
+        if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
+            raise ConfigError(f"scale: expected an int of at least 1, got {scale!r}")
+        self.frames = 0
+        self._av = _require("av")
+        self._rate = Fraction(fps).limit_denominator(1000)
+        self._scale, self._crf = scale, crf
+        self._shape: tuple[int, ...] | None = None
+        self._container: Any = None
+        self._stream: Any = None
+
+    def __enter__(self) -> VideoWriter:
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.path))
+            self._container = self._av.open(
+                str(temporary), "w", options={"movflags": "faststart", "fflags": "+bitexact"}
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append one uint8 [H, W, 3] frame; all of one size."""
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            raise ConfigError(f"frame: expected uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}")
+        if self._stream is None:
+            self._open_stream(frame)
+        elif frame.shape != self._shape:
+            raise ConfigError(f"frame: expected {list(self._shape or ())}, got {list(frame.shape)}")
+        frame = np.ascontiguousarray(frame.repeat(self._scale, axis=0).repeat(self._scale, axis=1))
+        picture = self._av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture.pts = self.frames
+        self._container.mux(self._stream.encode(picture))
+        self.frames += 1
+
+    def _open_stream(self, frame: np.ndarray) -> None:
+        height, width = frame.shape[0] * self._scale, frame.shape[1] * self._scale
+        if height % 2 or width % 2:
+            raise ConfigError(f"frame: expected even height and width after scaling, got {height} x {width}")
+        self._shape = frame.shape
+        self._stream = self._container.add_stream("libx264", rate=self._rate)
+        self._stream.width, self._stream.height = width, height
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"crf": str(self._crf), "preset": "medium", "threads": "1"}
+        self._stream.codec_context.thread_count = 1
+        self._stream.codec_context.time_base = 1 / self._rate
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            try:
+                if error is None:
+                    self._finish()
+            finally:
+                self._container.close()
+            if error is not None:
+                raise error
+
+    def _finish(self) -> None:
+        if self._stream is None:
+            raise ConfigError("frames: expected at least one frame, got none")
+        self._container.mux(self._stream.encode())
+
+
+def contact_sheet(
+    frames: Sequence[np.ndarray] | np.ndarray,
+    columns: int,
+    path: str | os.PathLike[str] | None = None,
+    labels: Sequence[str] | None = None,
+    scale: int = 1,
+) -> np.ndarray:
+    """Lay frames [H, W, 3] out in rows of `columns`, a label under each if given; write a PNG if `path` is given."""
+    if len(frames) == 0 or columns < 1:
+        raise ConfigError(f"frames: expected at least one frame and column, got {len(frames)} and {columns}")
+    if labels is not None and len(labels) != len(frames):
+        raise ConfigError(f"labels: expected {len(frames)}, got {len(labels)}")
+    image, draw = _require("PIL.Image"), _require("PIL.ImageDraw")
+    height, width = frames[0].shape[0] * scale, frames[0].shape[1] * scale
+    gap, text = 2, 14 if labels is not None else 0
+    rows = -(-len(frames) // columns)
+    sheet = image.new("RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), (24, 24, 24))
+    for i, frame in enumerate(frames):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + text + gap)
+        sheet.paste(image.fromarray(np.asarray(frame)).resize((width, height), image.Resampling.NEAREST), (x, y))
+        if labels is not None:
+            draw.Draw(sheet).text((x + 2, y + height + 1), labels[i], fill=(230, 230, 230))
+    if path is not None:
+        with replacing(path) as temporary:
+            sheet.save(temporary, format="PNG")
+    return np.asarray(sheet)
+
+
+def _require(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{module.split('.')[0]} is needed for video files: pip install swba-infer[video]") from error
+
+
+def _read_image(path: Path) -> np.ndarray:
+    image = _require("PIL.Image")
+    try:
+        with image.open(path) as opened:
+            return np.asarray(opened.convert("RGB"))
+    except OSError as error:
+        raise ConfigError(f"context: expected a readable image, got {path}: {error}") from error
+
+
+def _decode(path: Path, limit: int | None) -> list[np.ndarray]:
+    av = _require("av")
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                frames.append(frame.to_ndarray(format="rgb24"))
+                if limit is not None and len(frames) > limit:
+                    del frames[0]
+    except (av.FFmpegError, IndexError) as error:
+        raise ConfigError(f"context: expected a readable video, got {path}: {error}") from error
+    return frames
+
+
+def _last(frames: list[np.ndarray], limit: int | None, source: Any) -> np.ndarray:
+    if not frames:
+        raise ConfigError(f"context: expected at least one frame, got none in {source}")
+    return np.stack(frames if limit is None else frames[-limit:])

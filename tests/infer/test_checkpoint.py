@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+from swba_infer.checkpoint import read_config, read_shards, resolve_directory, save_model
+from swba_infer.errors import CheckpointError, ConfigError
+
+CONFIG = {
+    "architecture": "video_dit",
+    "model": {},
+    "stream": {"tokens_per_frame": 4, "frames_per_block": 1, "window_frames": 4},
+    "sampler": {},
+    "actions": ["none", "left"],
+}
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"layer{i}.weight": torch.randn(16, 9, generator=generator) for i in range(5)}
+
+
+@pytest.fixture
+def directory(tmp_path, tensors):
+    save_model(tmp_path / "model", CONFIG, tensors, max_shard_bytes=2 * 16 * 9 * 4)
+    return tmp_path / "model"
+
+
+def test_shards_hold_every_tensor_once(directory, tensors):
+    names = sorted(p.name for p in directory.iterdir())
+    assert names == ["config.json", *(f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3))]
+    back = read_shards(directory)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert read_config(directory) == {**CONFIG, "format": 1, "dtype": "float32"}
+
+
+def test_transposed_and_shared_tensors_are_saved_by_value(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    save_model(tmp_path / "m", CONFIG, {"a": base.t(), "b": base})
+    back = read_shards(tmp_path / "m")
+    assert torch.equal(back["a"], base.t())
+    assert torch.equal(back["b"], base)
+
+
+def test_saving_onto_an_existing_directory_needs_overwrite_and_keeps_foreign_files(directory, tensors):
+    (directory / "MODEL_CARD.md").write_text("card")
+    with pytest.raises(ConfigError, match="existing"):
+        save_model(directory, CONFIG, tensors)
+    save_model(directory, CONFIG, tensors, overwrite=True)
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "MODEL_CARD.md",
+        "config.json",
+        "model-00001-of-00001.safetensors",
+    ]
+    assert [p.name for p in directory.parent.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, tensors, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("swba_infer.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(tmp_path / "m", CONFIG, tensors)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 5, 60, -7])
+def test_a_truncated_shard_is_named(directory, size):
+    shard = directory / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        read_shards(directory)
+
+
+def test_a_shard_with_trailing_bytes_is_named(directory):
+    shard = directory / "model-00001-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="model-00001-of-00003"):
+        read_shards(directory)
+
+
+def test_a_missing_shard_is_named(directory):
+    (directory / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00003-of-00003"):
+        read_shards(directory)
+
+
+def test_two_sets_of_shards_are_refused(directory, tensors):
+    save_file(tensors, directory / "model-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match="one set"):
+        read_shards(directory)
+
+
+def test_no_shards_at_all_is_an_error(directory):
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="none"):
+        read_shards(directory)
+
+
+def test_a_tensor_in_two_shards_is_refused(directory):
+    shard = directory / "model-00003-of-00003.safetensors"
+    save_file({**load_file(shard), "layer0.weight": torch.zeros(16, 9)}, shard)
+    with pytest.raises(CheckpointError, match=r"layer0\.weight.*model-00001"):
+        read_shards(directory)
+
+
+def test_a_duplicate_key_inside_a_header_is_refused(directory):
+    shard = directory / "model-00001-of-00003.safetensors"
+    data = save({"layer0.weight": torch.zeros(2, 2), "layer9.weight": torch.ones(2, 2)})
+    shard.write_bytes(data.replace(b"layer9", b"layer0"))
+    with pytest.raises(CheckpointError, match=r"layer0\.weight.*twice"):
+        read_shards(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"format": 2}, "format"),
+        ({"architecture": "wan"}, "architecture"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"model": None}, "missing"),
+    ],
+)
+def test_config_is_read_strictly(directory, change, message):
+    config = {**read_config(directory), **change}
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(ConfigError, match=message):
+        read_config(directory)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 1, "format": 1}', "{not json"])
+def test_malformed_config_is_a_config_error(directory, text):
+    (directory / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_config(directory)
+
+
+def test_state_dict_needs_one_floating_dtype(tmp_path, tensors):
+    tensors["layer0.weight"] = tensors["layer0.weight"].half()
+    with pytest.raises(ConfigError, match="one floating dtype"):
+        save_model(tmp_path / "m", CONFIG, tensors)
+
+
+def test_unknown_model_names_are_explained(tmp_path, directory):
+    assert resolve_directory(directory) == directory
+    for name in (tmp_path, "no-such-model", ".."):
+        with pytest.raises(ConfigError, match="model"):
+            resolve_directory(name)
