@@ -187,7 +187,7 @@ def _combine_kernel(
         m = tl.maximum(m, tl.load(p_part_lse + i_s * stride_s + i_r, mask=in_r, other=0.0))
     l = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for i_s in range(0, splits):
+    for i_s in range(splits):
         row = i_s * stride_s + i_r
         lse = tl.load(p_part_lse + row, mask=in_r, other=0.0)
         weight = tl.exp2(lse - m)

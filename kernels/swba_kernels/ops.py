@@ -1,0 +1,174 @@
+"""The custom ops: schemas, fakes and gradients. Implementations are imported when an op first runs.
+
+B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N new tokens, S ring slots, D head dim.
+
+Sizes are SymInt, so that torch.compile can leave them dynamic. `impl` names the implementation, already resolved:
+"triton" or "sdpa". `need_lse=False` lets an implementation that would have to compute the log-sum-exp apart leave it
+out: `lse` is then [B, H, 0].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PATTERN = "float scale, SymInt block_size, SymInt window, SymInt sink, SymInt grid_start"
+_LIBRARY = torch.library.Library("swba", "DEF")
+_LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_PATTERN}, str impl, bool need_lse) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PATTERN}, str impl) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "prefill(Tensor q, Tensor k, Tensor v, Tensor k_ring, Tensor v_ring, Tensor position, Tensor? lanes, "
+    f"{_PATTERN}, str impl, bool need_lse) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "decode(Tensor q, Tensor k_ring, Tensor v_ring, Tensor valid, Tensor? lanes, float scale, bool full, "
+    "str impl, bool need_lse) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "ring_write(Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor k, Tensor v, Tensor position, Tensor? lanes, "
+    "SymInt sink, str impl) -> ()"
+)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x with adjacent elements in its rows, the only layout rule of the implementations."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pattern(block_size: int, window: int, sink: int, grid_start: int) -> dict[str, int]:
+    return {"block_size": block_size, "window": window, "sink": sink, "grid_start": grid_start}
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int, window: int, sink: int, grid_start: int,
+    impl: str, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    pattern = _pattern(block_size, window, sink, grid_start)
+    if impl == "triton":
+        from .portable.forward import forward
+
+        return forward(q, k, v, scale=scale, **pattern)
+    from . import sdpa
+
+    return sdpa.forward(q, k, v, scale=scale, need_lse=need_lse, **pattern)
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
+    pattern = _pattern(block_size, window, sink, grid_start)
+    if impl == "triton":
+        from .portable.backward import backward
+
+        return backward(dout, q, k, v, out, lse, scale=scale, **pattern)
+    from . import sdpa
+
+    return sdpa.backward(dout, q, k, v, out, lse, scale=scale, **pattern)
+
+
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, k_ring: Tensor, v_ring: Tensor, position: Tensor, lanes: Tensor | None,
+    scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    pattern = _pattern(block_size, window, sink, grid_start)
+    if impl == "triton":
+        from .portable.forward import Ring, forward
+
+        return forward(q, k, v, scale=scale, ring=Ring(k_ring, v_ring, position, lanes), **pattern)
+    from . import sdpa
+
+    return sdpa.prefill(q, k, v, k_ring, v_ring, position, lanes, scale=scale, need_lse=need_lse, **pattern)
+
+
+def _decode(
+    q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None,
+    scale: float, full: bool, impl: str, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q = _dense(q)
+    if impl == "triton":
+        from .portable.decode import decode
+
+        return decode(q, k_ring, v_ring, valid, lanes, scale=scale)
+    from . import sdpa
+
+    return sdpa.decode(q, k_ring, v_ring, valid, lanes, scale=scale, full=full, need_lse=need_lse)
+
+
+def _ring_write(
+    k_ring: Tensor, v_ring: Tensor, k: Tensor, v: Tensor, position: Tensor, lanes: Tensor | None, sink: int, impl: str
+) -> None:
+    if impl == "triton":
+        from .portable.ring import ring_write
+    else:
+        from .sdpa import ring_write
+    ring_write(k_ring, v_ring, k, v, position, lanes, sink=sink)
+
+
+def _fake_out(q: Tensor, impl: str, need_lse: bool) -> tuple[Tensor, Tensor]:
+    q = _dense(q)
+    rows = q.shape[2] if need_lse or impl != "sdpa" else 0
+    return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[1], rows), dtype=torch.float32)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int, window: int, sink: int, grid_start: int,
+    impl: str, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _fake_out(q, impl, need_lse)
+
+
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(_dense(q)), torch.empty_like(_dense(k)), torch.empty_like(_dense(v))
+
+
+def _prefill_fake(
+    q: Tensor, k: Tensor, v: Tensor, k_ring: Tensor, v_ring: Tensor, position: Tensor, lanes: Tensor | None,
+    scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _fake_out(q, impl, need_lse)
+
+
+def _decode_fake(
+    q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None,
+    scale: float, full: bool, impl: str, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _fake_out(q, impl, need_lse)
+
+
+def _ring_write_fake(*args: Any) -> None:
+    return None
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, scale, *pattern, impl, _ = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.scale, ctx.pattern, ctx.impl = scale, pattern, impl
+
+
+def _gradients(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    return (*torch.ops.swba.backward(dout, *saved, ctx.scale, *ctx.pattern, ctx.impl), *[None] * 7)
+
+
+for _name, _body, _fake in (
+    ("forward", _forward, _forward_fake),
+    ("backward", _backward, _backward_fake),
+    ("prefill", _prefill, _prefill_fake),
+    ("decode", _decode, _decode_fake),
+    ("ring_write", _ring_write, _ring_write_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _body, _key)
+    torch.library.register_fake(f"swba::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("swba::forward", _gradients, setup_context=_save_for_backward, lib=_LIBRARY)
