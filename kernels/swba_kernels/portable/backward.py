@@ -18,10 +18,13 @@ from .tiles import Tile, padded_head_dim, plan_tiles, tile_for
 
 @triton.jit(do_not_specialize=["s_ob", "s_oh", "s_on", "s_gb", "s_gh", "s_gn", "heads", "n", "tiles"])
 def _row_terms(
-    p_out, p_grad, p_lse, p_lse2, p_delta, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, heads, n, tiles,
+    p_out, p_grad, p_lse, p_terms, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, heads, n, tiles,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Write what both gradient kernels need of each query row: delta = sum(out * dout), and the lse in base 2."""
+    """Write what the gradient kernels need of each query row as 4 numbers: lse in base 2, sum(out * dout), 0, 0.
+
+    Sixteen bytes a row are one aligned asynchronous copy, whatever row a tile starts at.
+    """
     pid = tl.program_id(0)
     i_bh = pid // tiles
     i_b = (i_bh // heads).to(tl.int64)
@@ -35,13 +38,25 @@ def _row_terms(
     grad = tl.load(p_grad + (i_b * s_gb + i_h * s_gh) * UNIT + wide * s_gn + d[None, :], mask=mask, other=0.0)
     at = i_bh.to(tl.int64) * n + rows
     lse = tl.load(p_lse + at, mask=in_n, other=0.0)
-    tl.store(p_delta + at, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=in_n)
-    tl.store(p_lse2 + at, lse * 1.4426950408889634, mask=in_n)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    column = tl.arange(0, 4)[None, :]
+    terms = tl.where(column == 0, (lse * 1.4426950408889634)[:, None], tl.where(column == 1, delta[:, None], 0.0))
+    tl.store(p_terms + at[:, None] * 4 + column, terms, mask=in_n[:, None])
+
+
+@triton.jit
+def _load_terms(p_terms, at, mask, ROWS: tl.constexpr):
+    """Load (lse2, delta) of ROWS query rows, zeros past the mask."""
+    four = tl.load(p_terms + at[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0.0)
+    even, odd = tl.split(tl.reshape(four, [ROWS, 2, 2]))
+    lse2, _ = tl.split(even)
+    delta, _ = tl.split(odd)
+    return lse2, delta
 
 
 @triton.jit
 def _fold_queries(q, grad, lse2, delta, k, v, dk, dv, visible, scale2, MASKED: tl.constexpr):
-    """Add what one query tile contributes to dk and dv; rows that do not exist have lse2 = inf, so that p is 0."""
+    """Add what one query tile contributes to dk and dv; rows past the end are zero everywhere and add nothing."""
     p_t = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale2 - lse2[None, :])
     if MASKED:
         p_t = tl.where(visible, p_t, 0.0)
@@ -60,7 +75,7 @@ def _fold_queries(q, grad, lse2, delta, k, v, dk, dv, visible, scale2, MASKED: t
     ]
 )  # fmt: skip
 def _dkv(
-    p_q, p_grad, p_k, p_v, p_lse2, p_delta, p_dk, p_dv,
+    p_q, p_grad, p_k, p_v, p_terms, p_dk, p_dv,
     s_qb, s_qh, s_qn, s_gb, s_gh, s_gn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
     s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn,
     scale, scale2, kv_heads, n, block_size, window, sink, grid_start, group, per_group, tiles,
@@ -112,13 +127,12 @@ def _dkv(
         p_head_g = p_grad + (i_b * s_gb + i_head * s_gh) * UNIT
         at_row = (i_bh.to(tl.int64) * GROUP + i_g) * n
         for j in tl.range(0, mid_tiles, num_stages=STAGES):
-            start = (mid_start + j * BLOCK_M).to(tl.int64)
-            in_n = start + columns < stop
+            start = mid_start + j * BLOCK_M
+            in_n = columns < stop - start
             mask = in_n[:, None] & in_d[None, :]
-            q = tl.load(p_head_q + start * s_qn + at_q, mask=mask, other=0.0)
-            lse2 = tl.load(p_lse2 + at_row + start + columns, mask=in_n, other=float("inf"))
-            grad = tl.load(p_head_g + start * s_gn + at_g, mask=mask, other=0.0)
-            delta = tl.load(p_delta + at_row + start + columns, mask=in_n, other=0.0)
+            q = tl.load(p_head_q + start.to(tl.int64) * s_qn + at_q, mask=mask, other=0.0)
+            lse2, delta = _load_terms(p_terms + (at_row + start) * 4, columns, in_n, BLOCK_M)
+            grad = tl.load(p_head_g + start.to(tl.int64) * s_gn + at_g, mask=mask, other=0.0)
             dk, dv = _fold_queries(q, grad, lse2, delta, k, v, dk, dv, True, scale2, False)
         for j in tl.range(0, left_tiles + right_tiles, num_stages=1):
             start = tl.where(j < left_tiles, left_start + j * BLOCK_M, right_start + (j - left_tiles) * BLOCK_M)
@@ -126,9 +140,8 @@ def _dkv(
             in_n = rows < stop
             mask = in_n[:, None] & in_d[None, :]
             q = tl.load(p_head_q + start.to(tl.int64) * s_qn + at_q, mask=mask, other=0.0)
-            lse2 = tl.load(p_lse2 + at_row + rows, mask=in_n, other=float("inf"))
+            lse2, delta = _load_terms(p_terms + (at_row + start) * 4, columns, in_n, BLOCK_M)
             grad = tl.load(p_head_g + start.to(tl.int64) * s_gn + at_g, mask=mask, other=0.0)
-            delta = tl.load(p_delta + at_row + rows, mask=in_n, other=0.0)
             end = block_end(rows, n, block_size, grid_start)[None, :]
             key = keys[:, None]
             visible = (key < end) & ((key >= end - window) | (key < sink))
@@ -157,7 +170,7 @@ def _fold_keys(q, grad, lse2, delta, k, v, dq, visible, scale2, MASKED: tl.const
     ]
 )  # fmt: skip
 def _dq(
-    p_q, p_grad, p_k, p_v, p_lse2, p_delta, p_dq,
+    p_q, p_grad, p_k, p_v, p_terms, p_dq,
     s_qb, s_qh, s_qn, s_gb, s_gh, s_gn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_dqb, s_dqh, s_dqn,
     scale, scale2, heads, n, block_size, window, sink, grid_start, group, per_group, tiles,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -180,9 +193,7 @@ def _dq(
     wide = rows.to(tl.int64)[:, None] * UNIT
     q = tl.load(p_q + (i_b * s_qb + i_h * s_qh) * UNIT + wide * s_qn + d[None, :], mask=row_mask, other=0.0)
     grad = tl.load(p_grad + (i_b * s_gb + i_h * s_gh) * UNIT + wide * s_gn + d[None, :], mask=row_mask, other=0.0)
-    at_row = i_bh.to(tl.int64) * n + rows
-    lse2 = tl.load(p_lse2 + at_row, mask=in_tile, other=float("inf"))
-    delta = tl.load(p_delta + at_row, mask=in_tile, other=0.0)
+    lse2, delta = _load_terms(p_terms + (i_bh.to(tl.int64) * n + first) * 4, tl.arange(0, BLOCK_M), in_tile, BLOCK_M)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     s_kn = s_kn.to(tl.int64) * UNIT
@@ -260,13 +271,13 @@ def backward(
     tile_dq = tile_dq or tile_for("dq", q)
     unit = stride_unit(dout, q, k, v, out, dq, dk, dv)
     block_d = padded_head_dim(head_dim)
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    terms = torch.empty(*lse.shape, 4, dtype=torch.float32, device=q.device)
     row_tiles = triton.cdiv(n, 32)
     _row_terms[(row_tiles * batch * heads,)](
-        out, dout, lse, lse2, delta, *strides(out, unit), *strides(dout, unit), heads, n, row_tiles,
+        out, dout, lse, terms, *strides(out, unit), *strides(dout, unit), heads, n, row_tiles,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=32, UNIT=unit, num_warps=4,
     )  # fmt: skip
-    inputs = (q, dout, k, v, lse2, delta)
+    inputs = (q, dout, k, v, terms)
     input_strides = (*strides(q, unit), *strides(dout, unit), *strides(k, unit), *strides(v, unit))
     pattern = (n, block_size, window, sink, grid_start)
     constants = {"GROUP": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "UNIT": unit}

@@ -56,7 +56,7 @@ def _forward(
     p_q, p_k, p_v, p_out, p_lse, p_ring_k, p_ring_v, p_position, p_lanes,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on,
     s_rkl, s_rkh, s_rkn, s_rvl, s_rvh, s_rvn,
-    sign, scale2, heads, n, block_size, window, sink, grid_start, group, per_group, tiles, ring_window,
+    scale2, heads, n, block_size, window, sink, grid_start, group, per_group, tiles, ring_window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, HAS_RING: tl.constexpr, HAS_LANES: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,6 @@ def _forward(
     at_k = columns[:, None] * s_kn + d[None, :]
     at_v = columns[:, None] * s_vn + d[None, :]
     q = tl.load(p_q + at_q, mask=in_tile[:, None] & in_d[None, :], other=0.0)
-    q = (q * sign).to(q.dtype)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -201,6 +200,8 @@ def forward(
     Returns:
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
     """
+    if scale < 0:
+        q, scale = -q, -scale
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, heads, n, head_dim = q.shape
     out = torch.empty_like(q)
@@ -217,7 +218,7 @@ def forward(
         None if ring is None else ring.lanes,
         *strides(q, unit), *strides(k, unit), *strides(v, unit), *strides(out, unit),
         *strides(ring_k, unit), *strides(ring_v, unit),
-        -1.0 if scale < 0 else 1.0, max(abs(scale) * LOG2E, 1e-30),
+        max(scale * LOG2E, 1e-30),
         heads, n, block_size, window, sink, grid_start, plan.group, plan.per_group, plan.tiles,
         1 if ring is None else ring_k.shape[2] - sink,
         GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
