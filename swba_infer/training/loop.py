@@ -1,0 +1,268 @@
+"""The training loop: one call trains, logs, saves its state, and leaves a model directory with the averaged weights.
+
+Files in the output folder: model/ (config.json and bfloat16 safetensors), state.safetensors (to resume), log.jsonl (one
+line every few steps), train.json (configuration and outcome), loss.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import save_model
+from ..context import FullSequence
+from ..files import replacing
+from ..models.video_dit import VideoDiT
+from .config import PRESETS, TrainConfig, preset
+from .data import Episodes, Windows
+from .loss import flow_loss
+from .optim import Average, build_optimizers
+from .record import ACTIONS
+from .state import load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """A training run on one device.
+
+    Args:
+        config: the run.
+        episodes: recorded episodes, on the device that trains.
+        out: folder of the run; `state.safetensors` in it is resumed from when `resume` is set.
+    """
+
+    def __init__(self, config: TrainConfig, episodes: Episodes, out: Path | str, *, resume: bool = False) -> None:
+        self.config, self.out = config, Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.device = episodes.frames.device
+        self.windows = Windows(episodes, config.frames)
+        torch.manual_seed(config.seed)
+        self.model = VideoDiT(config.model).to(self.device)
+        self.average = Average(self.model, config.ema)
+        self.optimizers = build_optimizers(self.model, config.muon_lr, config.adam_lr)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.step, self.seconds = 0, 0.0
+        if resume:
+            numbers = load_state(self.out / "state.safetensors", self.model, self.optimizers, self.average, self.generator)
+            self.step, self.seconds = numbers["step"], numbers["seconds"]
+        if config.compile:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Compile the layers' halves around attention: one graph each for all layers, with and without gradients."""
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.model.blocks:
+            block.project = torch.compile(block.project, dynamic=False)
+            block.absorb = torch.compile(block.absorb, dynamic=False)
+        self.model._stem = torch.compile(self.model._stem, dynamic=False)
+        self.model._head = torch.compile(self.model._head, dynamic=False)
+
+    def predict(self, tokens: Tensor, t: Tensor, actions: Tensor) -> Tensor:
+        """Run the model over whole sequences."""
+        context = FullSequence(self.config.stream.pattern, tokens.shape[0], tokens.shape[1], self.device)
+        mixed = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        with mixed:
+            return self.model(tokens, context, timestep=t, action=actions)
+
+    @property
+    def progress(self) -> float:
+        """How far the run is, from 0 to 1, by steps or by the clock, whichever is further."""
+        by_clock = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return min(1.0, max(self.step / self.config.steps, by_clock))
+
+    def loss(self, own: int) -> Any:
+        """Draw a batch and compute its losses."""
+        config = self.config
+        tokens, actions = self.windows.draw(config.batch, config.model.patch, self.generator)
+        return flow_loss(self.predict, tokens, actions, config.model.actions, config.loss, self.generator, own)
+
+    def warm_up(self) -> None:
+        """Compile everything before the clock starts; weights and random state stay as they were."""
+        state = self.generator.get_state()
+        self.loss(self._own()).loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        self.generator.set_state(state)
+
+    def _own(self) -> int:
+        return round(self.config.own * self.config.batch)
+
+    def advance(self) -> dict[str, Tensor]:
+        """Take one optimiser step and return its losses and gradient norm, still on the device."""
+        config, progress = self.config, self.progress
+        rate = min(1.0, (self.step + 1) / max(1, config.warmup)) * (1 - progress)
+        losses = self.loss(self._own() if progress >= config.own_from else 0)
+        losses.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.average.update(self.model, self.step)
+        self.step += 1
+        return {**{name: value.detach() for name, value in losses._asdict().items()}, "gradient": norm}
+
+    def run(self, *, log_every: int = 20, save_every_minutes: float = 3.0, quiet: bool = False) -> dict[str, Any]:
+        """Train to the end and write the outcome; return what train.json holds."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        started = time.perf_counter()
+        self.warm_up()
+        self._wait()
+        warm_seconds = time.perf_counter() - started
+        begin, saved = time.perf_counter() - self.seconds, self.seconds
+        columns = (
+            TextColumn("train"),
+            BarColumn(),
+            TextColumn("step {task.fields[step]} loss {task.fields[loss]:.4f} {task.fields[rate]:.1f} steps/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with (
+            (self.out / "log.jsonl").open("a") as log,
+            Progress(*columns, disable=quiet, refresh_per_second=0.5) as bar,
+        ):
+            task = bar.add_task("train", total=1.0, step=0, loss=float("nan"), rate=0.0)
+            first, mark = self.step, time.perf_counter()
+            while self.progress < 1:
+                values = self.advance()
+                if self.step % log_every == 0 or self.progress >= 1:
+                    line = {name: round(float(value), 6) for name, value in values.items()}
+                    self.seconds = time.perf_counter() - begin
+                    rate = (self.step - first) / max(1e-9, time.perf_counter() - mark)
+                    line = {"step": self.step, "seconds": round(self.seconds, 2), **line, "steps_per_second": round(rate, 2)}
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                    bar.update(task, completed=self.progress, step=self.step, loss=line["loss"], rate=rate)
+                    if self.seconds - saved > 60 * save_every_minutes:
+                        self.save()
+                        saved = self.seconds
+                self.seconds = time.perf_counter() - begin
+        self._wait()
+        self.seconds = time.perf_counter() - begin
+        return self.finish(warm_seconds)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def save(self) -> None:
+        """Write the state from which the run can go on."""
+        numbers = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict()}
+        save_state(
+            self.out / "state.safetensors", self.model, self.optimizers, self.average, self.generator, numbers
+        )
+
+    def finish(self, warm_seconds: float) -> dict[str, Any]:
+        """Write the model directory, the state, train.json and loss.png."""
+        export(self.out / "model", self.config, self.average)
+        self.save()
+        summary = {
+            "config": self.config.to_dict(),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.step,
+            "seconds": round(self.seconds, 1),
+            "warm_up_seconds": round(warm_seconds, 1),
+            "training_frames": int(self.windows.episodes.actions.numel()),
+            "training_episodes": len(self.windows.episodes.bounds),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "peak_gigabytes": round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.device.type == "cuda" else None,
+        }
+        with replacing(self.out / "train.json") as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n")
+        plot(self.out / "log.jsonl", self.out / "loss.png")
+        return summary
+
+
+def export(directory: Path, config: TrainConfig, average: Average, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the averaged weights as a model directory that `VideoGenerator.from_pretrained` reads."""
+    content = {
+        "architecture": "video_dit",
+        "model": config.model.to_dict(),
+        "stream": config.stream.to_dict(),
+        "sampler": config.sampler.to_dict(),
+        "actions": list(ACTIONS),
+    }
+    save_model(directory, content, {name: p.to(dtype) for name, p in average.tensors.items()}, overwrite=True)
+
+
+def plot(log: Path, path: Path) -> None:
+    """Draw the curves of a log, smoothed, on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for name, label in (("loss", "weighted loss"), ("pure", "squared error at pure noise"), ("mean", "squared error")):
+        smooth, values = None, []
+        for line in lines:
+            smooth = line[name] if smooth is None else 0.9 * smooth + 0.1 * line[name]
+            values.append(smooth)
+        axes.plot([line["step"] for line in lines], values, label=label)
+    axes.set(xlabel="step", ylabel="squared error, pixels in [-1, 1]", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the trainer's options."""
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="recorded episodes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/world"), help="folder of the run (default: %(default)s)")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="world", help="configuration (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=None, help="wall-clock limit of the training itself")
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps")
+    parser.add_argument("--batch", type=int, default=None, help="sequences of a step")
+    parser.add_argument("--muon-lr", type=float, default=None, help="peak learning rate of the hidden matrices")
+    parser.add_argument("--adam-lr", type=float, default=None, help="peak learning rate of everything else")
+    parser.add_argument("--seed", type=int, default=None, help="seed of weights, batches and noise")
+    parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what the parsed options ask for."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = ("minutes", "steps", "batch", "muon_lr", "adam_lr", "seed")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = preset(args.preset, **changes)
+    if args.no_compile or device.type != "cuda":
+        config = preset(args.preset, **changes, compile=False)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    started = time.perf_counter()
+    episodes = Episodes(args.data, "train", device)
+    print(
+        f"{len(episodes.bounds)} episodes, {len(episodes.actions)} frames on {device} "
+        f"({time.perf_counter() - started:.1f} s)",
+        flush=True,
+    )
+    summary = Trainer(config, episodes, args.out, resume=args.resume).run()
+    print(f"{summary['steps']} steps in {summary['seconds']} s, {summary['parameters']} parameters: {args.out}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the training loop from the command line."""
+    parser = argparse.ArgumentParser("swba-infer train", description="Train a world model on recorded episodes.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
