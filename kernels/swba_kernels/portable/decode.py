@@ -69,13 +69,15 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
     HAS_LANES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Own BLOCK_M query rows of one (row, key/value head, split); loop over the split's key tiles.
 
     The G query heads of a key/value head see the same keys, so their rows are packed into the same tiles.
-    A lane is cut into equal runs of whole key tiles from its own valid length alone. Only the last tile is masked.
+    A lane is cut into equal runs of whole key tiles from its own valid length alone. Only the last tile is masked;
+    it is a loop of at most one turn, so that it loads through shared memory and needs no more registers.
     """
     pid = tl.program_id(0)
     i_tile = pid % tiles
@@ -139,8 +141,8 @@ def _decode_kernel(
             m, l, acc = _accumulate(q, k, v, m, l, acc, scale, i_k, False, PRECISION)
             base_k += step_k
             base_v += step_v
-        if full < hi:
-            keep = i_k < hi - full
+        for start in tl.range(full, hi, BLOCK_N, num_stages=TAIL_STAGES):
+            keep = i_k < hi - start
             keep_nd = keep[:, None] & in_d[None, :]
             k = tl.load(base_k + off_k, mask=keep_nd, other=0.0)
             v = tl.load(base_v + off_v, mask=keep_nd, other=0.0)
@@ -215,16 +217,18 @@ class DecodeTile(NamedTuple):
 
 def decode_tile(rows: int, block_d: int, itemsize: int, shared_memory: int) -> DecodeTile:
     """Choose the tile for `rows` query rows per key/value head that fits into `shared_memory` bytes of a block."""
+    wide = rows > 512
     if itemsize == 4:
-        tile = DecodeTile(32 if block_d > 64 else 64, 32, 4, 2)
+        tile = DecodeTile(32, 32, 4, 2) if block_d <= 64 else DecodeTile(32, 32, 8, 2)
+        tile = tile if block_d <= 128 else DecodeTile(16, 16, 8, 2)
     elif block_d <= 64:
-        tile = DecodeTile(64, 64, 4, 3) if rows <= 512 else DecodeTile(128, 64, 4, 3)
+        tile = DecodeTile(128, 128, 8, 3) if wide else DecodeTile(64, 64, 4, 3)
     elif block_d <= 128:
-        tile = DecodeTile(64, 64, 4, 3) if rows <= 512 else DecodeTile(128, 64, 8, 3)
+        tile = DecodeTile(128, 64, 8, 3) if wide else DecodeTile(64, 64, 4, 3)
     else:
-        tile = DecodeTile(64, 32, 4, 2)
+        tile = DecodeTile(64, 32, 8, 2)
     if rows <= 32:
-        tile = tile._replace(block_m=16 if rows <= 16 else 32)
+        tile = tile._replace(block_m=min(tile.block_m, 16 if rows <= 16 else 32))
     while _shared_bytes(tile, block_d, itemsize) > shared_memory and (tile.stages > 2 or tile.block_n > 16):
         tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(block_n=tile.block_n // 2)
     return tile
@@ -320,6 +324,7 @@ def decode(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         SPLIT=splits > 1,
+        TAIL_STAGES=2,
         HAS_LANES=lanes is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
