@@ -1,0 +1,108 @@
+"""Time several variants of one computation side by side, in A B B A order."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+REPLAY_BELOW_MS = 0.2
+CALLS_PER_GRAPH = 20
+
+
+class Timing(NamedTuple):
+    """Milliseconds per call: median over samples, 10th and 90th percentile, number of samples."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+
+
+def percentile(values: list[float], fraction: float) -> float:
+    """Return the nearest-rank percentile of unsorted values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+
+
+def as_graph(call: Callable[[], object]) -> tuple[Callable[[], object], int]:
+    """Capture `call` in a CUDA graph; return what replays it and how many calls one replay makes.
+
+    A call shorter than 0.2 ms is captured 20 times over, so that the launch of the graph itself does not count.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        repeat = CALLS_PER_GRAPH if start.elapsed_time(stop) < REPLAY_BELOW_MS else 1
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeat):
+            call()
+    return graph.replay, repeat
+
+
+def interleave(
+    calls: dict[str, tuple[Callable[[], object], int]], device: torch.device, budget: float = 0.3, rounds: int = 6
+) -> dict[str, Timing]:
+    """Time each call for about `budget` seconds, in rounds of alternating order.
+
+    Args:
+        calls: name to (function, calls of the measured thing that one invocation makes).
+        device: where they run; on CUDA the clock is the GPU's, sampled per invocation.
+        rounds: even, so that forward and backward order balance.
+    """
+    counts = {}
+    for name, (call, _) in calls.items():
+        first = min(_sample(call, 2, device))
+        counts[name] = max(2, min(400, int(budget * 1e3 / rounds / max(first, 1e-3))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for i in range(rounds):
+        for name in names if i % 2 == 0 else names[::-1]:
+            call, repeat = calls[name]
+            samples[name] += [ms / repeat for ms in _sample(call, counts[name], device)]
+    return {
+        name: Timing(statistics.median(ms), percentile(ms, 0.1), percentile(ms, 0.9), len(ms))
+        for name, ms in samples.items()
+    }
+
+
+def _sample(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for _ in range(count):
+            call()
+            marks.append(time.perf_counter())
+        return [(b - a) * 1e3 for a, b in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def rulers(device: torch.device) -> dict[str, float]:
+    """Measure what the device can do: bf16 matmul in TFLOP/s, copy in TB/s (read plus write)."""
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    b = torch.empty(size * size * (8 if device.type == "cuda" else 1), device=device, dtype=torch.bfloat16)
+    c = torch.empty_like(b)
+    timing = interleave({"matmul": (lambda: a @ a, 1), "copy": (lambda: c.copy_(b), 1)}, device, budget=0.3)
+    return {
+        "matmul_bf16_tflops": 2 * size**3 / timing["matmul"].median / 1e9,
+        "copy_tbps": 2 * b.nbytes / timing["copy"].median / 1e9,
+    }

@@ -1,0 +1,199 @@
+"""The variants that are measured: this project, and whatever else is installed.
+
+Each entry makes, from a shape and its tensors, a function of no arguments that returns the output [B, H, N, D], or says
+why it cannot. B batch, H heads, N tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import swba_kernels
+
+from .shapes import Shape
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+class Unavailable(Exception):
+    """A peer is not installed, or does not serve this device or shape; the message says which."""
+
+
+def names(kind: str) -> list[str]:
+    """Return the names of the variants for "training" or "decode", ours first."""
+    return list(_TRAINING if kind == "training" else _DECODE)
+
+
+def make(name: str, shape: Shape, tensors: Mapping[str, Tensor], impl: str = "auto") -> Forward:
+    """Return variant `name` as a function of q, k, v; raise Unavailable with the reason if it cannot run here."""
+    table = _TRAINING if shape.kind == "training" else _DECODE
+    return table[name](shape, tensors, impl)
+
+
+class BlockLoop(torch.autograd.Function):
+    """Run a dense attention once per block over its key range: what one writes without a kernel for the pattern.
+
+    The backward adds to slices of dk and dv; autograd would materialise one full-size gradient per block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dense: Forward, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        graph = []
+        for start, end in shape.pattern.blocks(shape.tokens):
+            _, (lo, hi) = shape.pattern.key_ranges(start, end)
+            parts = [q[:, :, start:end], k[:, :, lo:hi], v[:, :, lo:hi]]
+            if any(ctx.needs_input_grad):
+                parts = [part.detach().requires_grad_() for part in parts]
+                with torch.enable_grad():
+                    block = dense(*parts)
+                graph.append((start, end, lo, hi, parts, block))
+                block = block.detach()
+            else:
+                block = dense(*parts)
+            out[:, :, start:end] = block
+        ctx.graph, ctx.like = graph, (q, k, v)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dout,) = grads
+        dq, dk, dv = (torch.zeros_like(x) for x in ctx.like)
+        for start, end, lo, hi, parts, block in ctx.graph:
+            block_dq, block_dk, block_dv = torch.autograd.grad(block, parts, dout[:, :, start:end], retain_graph=True)
+            dq[:, :, start:end] = block_dq
+            dk[:, :, lo:hi] += block_dk
+            dv[:, :, lo:hi] += block_dv
+        return None, None, dq, dk, dv
+
+
+def _ours_training(shape: Shape, tensors: Mapping[str, Tensor], impl: str) -> Forward:
+    return partial(_call_ours, shape, impl)
+
+
+def _call_ours(shape: Shape, impl: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return swba_kernels.block_window_attention(q, k, v, shape.pattern, impl=impl)
+
+
+def _ours_decode(shape: Shape, tensors: Mapping[str, Tensor], impl: str, full: bool) -> Forward:
+    q = tensors["q"]
+    valid = torch.full((q.shape[0],), shape.keys, dtype=torch.int64, device=q.device)
+    return lambda q, k, v: swba_kernels.window_decode_attention(q, k, v, valid, full=full, impl=impl)
+
+
+def _sdpa(backend: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Forward:
+    q = tensors["q"]
+    if not q.is_cuda and backend != "math":
+        raise Unavailable("CUDA only")
+    grouped = bool(shape.kv_heads)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(BACKENDS[backend]):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+
+    return dense
+
+
+def _flash_attn(module: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Forward:
+    if not tensors["q"].is_cuda:
+        raise Unavailable("CUDA only")
+    try:
+        function = importlib.import_module(module).flash_attn_func
+    except (ImportError, OSError, AttributeError) as error:
+        raise Unavailable(f"{module} cannot be imported: {error}") from error
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return dense
+
+
+def _loop(make_dense: Callable[[Shape, Mapping[str, Tensor]], Forward]) -> Callable[..., Forward]:
+    def make_loop(shape: Shape, tensors: Mapping[str, Tensor], impl: str) -> Forward:
+        return partial(BlockLoop.apply, make_dense(shape, tensors), shape)  # type: ignore[return-value]
+
+    return make_loop
+
+
+def _flex(shape: Shape, tensors: Mapping[str, Tensor], impl: str, backend: str | None = None) -> Forward:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not tensors["q"].is_cuda:
+        raise Unavailable("CUDA only (no backward on the CPU)")
+    if backend == "FLASH":
+        _flash_attn("flash_attn.cute", shape, tensors)
+    mask = block_mask(shape, tensors["q"].device)
+    options = {"BACKEND": backend} if backend else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=options)  # type: ignore[return-value]
+
+
+def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
+    """Build FlexAttention's mask of a training shape from its key ranges, without an N x N mask in memory."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    n, size, window = shape.tokens, shape.block_size, shape.pattern.window
+
+    def end(q: Tensor) -> Tensor:
+        return ((q // size + 1) * size).clamp(max=n)
+
+    first = torch.arange(0, n, tile, device=device)
+    last = (first + tile).clamp(max=n) - 1
+    end_first, end_last = end(first)[:, None], end(last)[:, None]
+    some = (first < end_last) & (first + tile > end_first - window)
+    full = (first + tile <= end_first) & (first >= end_last - window) & (first[:, None] + tile <= n)
+    partial_tiles, full_tiles = some & ~full, some & full
+
+    def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
+        return tiles.sum(-1).int()[None, None], order.int()[None, None]
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        stop = torch.clamp((q // size + 1) * size, max=n)
+        return (k < stop) & (k >= stop - window)
+
+    return BlockMask.from_kv_blocks(
+        *listed(partial_tiles), *listed(full_tiles), BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=(n, n)
+    )
+
+
+def _dense(make_dense: Callable[[Shape, Mapping[str, Tensor]], Forward]) -> Callable[..., Forward]:
+    return lambda shape, tensors, impl: make_dense(shape, tensors)
+
+
+_TRAINING: dict[str, Callable[..., Forward]] = {
+    "swba": _ours_training,
+    "flex": _flex,
+    "flex-fa4": partial(_flex, backend="FLASH"),
+    "loop-cudnn": _loop(partial(_sdpa, "cudnn")),
+    "loop-flash": _loop(partial(_sdpa, "flash")),
+    "loop-efficient": _loop(partial(_sdpa, "efficient")),
+    "loop-math": _loop(partial(_sdpa, "math")),
+    "loop-fa4": _loop(partial(_flash_attn, "flash_attn.cute")),
+}
+
+_DECODE: dict[str, Callable[..., Forward]] = {
+    "swba": partial(_ours_decode, full=False),
+    "swba-full": partial(_ours_decode, full=True),
+    "sdpa-cudnn": _dense(partial(_sdpa, "cudnn")),
+    "sdpa-flash": _dense(partial(_sdpa, "flash")),
+    "sdpa-efficient": _dense(partial(_sdpa, "efficient")),
+    "sdpa-math": _dense(partial(_sdpa, "math")),
+    "fa2": _dense(partial(_flash_attn, "flash_attn")),
+    "fa4": _dense(partial(_flash_attn, "flash_attn.cute")),
+}

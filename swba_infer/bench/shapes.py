@@ -1,0 +1,128 @@
+"""The named shapes that are measured: of the original kernel and of published video models.
+
+B batch, H heads, D head dim; sizes in tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swba_kernels.pattern import BlockWindow
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One attention problem: `blocks` blocks of training, or one block of decode against a full ring.
+
+    `name` is what `--shapes` takes; `window_blocks` counts the block itself; `kv_heads` 0 means `heads`.
+    """
+
+    name: str
+    kind: str
+    batch: int
+    heads: int
+    head_dim: int
+    block_size: int
+    window_blocks: int
+    blocks: int = 1
+    kv_heads: int = 0
+    dtype: str = "bfloat16"
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens: the whole sequence, or one block."""
+        return self.block_size * self.blocks
+
+    @property
+    def keys(self) -> int:
+        """Key tokens: the whole sequence, or the ring."""
+        return self.tokens if self.kind == "training" else self.block_size * self.window_blocks
+
+    @property
+    def pattern(self) -> BlockWindow:
+        """The visible pairs of a training shape."""
+        return BlockWindow.from_blocks(self.block_size, self.window_blocks)
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs on exact visible pairs: 4 D per pair and head."""
+        pairs = self.pattern.pairs(self.tokens) if self.kind == "training" else self.block_size * self.keys
+        return 4 * self.batch * self.heads * self.head_dim * pairs
+
+
+def _training(batch: int, heads: int, dim: int, bs: int, ws: int, blocks: int, dtype: str = "bfloat16") -> Shape:
+    return Shape(
+        name=f"train-b{batch}-h{heads}-d{dim}-bs{bs}-ws{ws}-n{bs * blocks}",
+        kind="training",
+        batch=batch,
+        heads=heads,
+        head_dim=dim,
+        block_size=bs,
+        window_blocks=ws,
+        blocks=blocks,
+        dtype=dtype,
+    )
+
+
+def _decode(batch: int, heads: int, dim: int, bs: int, ws: int, kv_heads: int = 0) -> Shape:
+    grouped = f"kv{kv_heads}-" if kv_heads else ""
+    return Shape(
+        name=f"decode-b{batch}-h{heads}-{grouped}d{dim}-bs{bs}-ws{ws}",
+        kind="decode",
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        block_size=bs,
+        window_blocks=ws,
+    )
+
+
+TRAINING = (
+    _training(1, 12, 64, 256, 16, 64, "float16"),
+    _training(4, 16, 64, 256, 16, 32),
+    _training(1, 12, 128, 1560, 6, 21),
+    _training(1, 12, 128, 4680, 7, 7),
+    _training(2, 16, 128, 512, 8, 32),
+)
+
+DECODE = (
+    _decode(1, 12, 128, 1560, 21),
+    _decode(1, 12, 128, 4680, 7),
+    _decode(1, 40, 128, 4680, 7),
+    _decode(1, 12, 64, 256, 16),
+    _decode(1, 16, 64, 64, 32),
+    _decode(8, 16, 64, 256, 16),
+    _decode(1, 16, 64, 144, 32),
+)
+
+TINY = (
+    _training(1, 2, 32, 24, 3, 5, "float32"),
+    Shape(
+        name="decode-tiny",
+        kind="decode",
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        block_size=24,
+        window_blocks=4,
+        dtype="float32",
+    ),
+)
+
+SETS = {"all": TRAINING + DECODE, "training": TRAINING, "decode": DECODE, "tiny": TINY}
+
+
+def select(names: str) -> list[Shape]:
+    """Return the shapes of a comma-separated list of set names and shape names (or unique parts of them)."""
+    chosen: list[Shape] = []
+    known = [*TRAINING, *DECODE, *TINY]
+    for name in names.split(","):
+        found = list(SETS.get(name, ())) or [shape for shape in known if name and name in shape.name]
+        if not found:
+            raise ConfigError(f"shapes: expected {sorted(SETS)} or a part of {[s.name for s in known]}, got {name!r}")
+        chosen += [shape for shape in found if shape not in chosen]
+    return chosen
