@@ -18,7 +18,8 @@ from swba_kernels.pattern import BlockWindow
 from .errors import ConfigError, StreamStateError
 
 if TYPE_CHECKING:
-    from .cache import Block, RingKVCache
+    from .block import Block
+    from .cache import RingKVCache
 
 
 class AttentionContext(Protocol):
@@ -104,10 +105,11 @@ class Streaming:
     def __init__(self, cache: RingKVCache, block: Block, state: Mapping[str, Tensor] | None = None) -> None:
         self._cache = cache
         self._block = block
-        self.positions = block.start[:, None] + torch.arange(block.tokens, device=block.start.device)
-        rows = {} if state is None else state
-        if block.index is not None:
-            rows = {name: value.index_select(0, block.index) for name, value in rows.items()}
+        index, start, _ = block.bound
+        self.positions = start[:, None] + torch.arange(block.tokens, device=start.device)
+        rows: Mapping[str, Tensor] = {} if state is None else state
+        if index is not None:
+            rows = {name: value.index_select(0, index) for name, value in rows.items()}
         self.state: Mapping[str, Tensor] = MappingProxyType(dict(rows))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

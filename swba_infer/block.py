@@ -1,0 +1,120 @@
+"""A block under way, and the lanes it belongs to.
+
+B lanes of a call, Hkv key/value heads, N tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import StreamStateError
+
+
+class StagedTokens(NamedTuple):
+    """Keys and values [B, Hkv, n, D] that a prefill on history writes at its commit, `offset` tokens into the call."""
+
+    offset: int
+    k: Tensor
+    v: Tensor
+
+
+class BlockTensors(NamedTuple):
+    """What the kernels need of a block, int64 [B] on the device: lanes (None: all), first position, slots to see."""
+
+    index: Tensor | None
+    start: Tensor
+    valid: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """The block (of a step) or blocks (of a prefill) that a forward attends; not yet part of the stream.
+
+    Attributes:
+        tokens: tokens of each lane.
+        rows: lanes that take part.
+        lanes: which; None for all, in order.
+        prefill: many blocks at once.
+        on_history: a prefill of which some lane is not empty.
+        sink_tokens: leading tokens of a prefill among which some lane has sinks that its window does not reach.
+        written_end_before: of all lanes, to be restored if nothing was written.
+        touched: whether a ring may have been written.
+        done: layers that attended.
+        staged: by layer, what a prefill on history will write.
+    """
+
+    tokens: int
+    rows: int
+    lanes: tuple[int, ...] | None
+    prefill: bool
+    on_history: bool
+    sink_tokens: int
+    written_end_before: tuple[int, ...]
+    tensors: BlockTensors | None = None
+    touched: bool = False
+    done: set[int] = field(default_factory=set)
+    staged: dict[int, list[StagedTokens]] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> BlockTensors:
+        """The device tensors, which exist once the cache has bound the block."""
+        assert self.tensors is not None
+        return self.tensors
+
+
+def normalise_lanes(lanes: int | Sequence[int] | None, total: int) -> tuple[int, ...] | None:
+    """Return lanes as a tuple of distinct ints in 0 .. total-1, or None for all of them in order.
+
+    Raises:
+        StreamStateError: anything else, or no lane at all.
+    """
+    if lanes is None:
+        return None
+    if isinstance(lanes, int):
+        chosen: tuple[int, ...] = (lanes,)
+    elif isinstance(lanes, Sequence) and not isinstance(lanes, str):
+        chosen = tuple(lanes)
+    else:
+        raise StreamStateError(f"lanes: expected None, an int or a sequence of ints, got {type(lanes).__name__}")
+    for lane in chosen:
+        if isinstance(lane, bool) or not isinstance(lane, int) or not 0 <= lane < total:
+            raise StreamStateError(f"lanes: expected ints in 0..{total - 1}, got {lane!r}")
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise StreamStateError(f"lanes: expected at least one lane and none twice, got {list(chosen)}")
+    return None if chosen == tuple(range(total)) else chosen
+
+
+def step_tokens(k: Tensor) -> int:
+    """Return N of k [B, Hkv, N, D]; raise StreamStateError if it is not a tensor of that rank."""
+    if not isinstance(k, Tensor) or k.dim() != 4:
+        got = list(k.shape) if isinstance(k, Tensor) else type(k).__name__
+        raise StreamStateError(f"k: expected a tensor [lanes, kv_heads, tokens, head_dim], got {got}")
+    return k.shape[2]
+
+
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, kv_shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise StreamStateError unless k, v are [B, Hkv, N, D] = `kv_shape` and q is [B, G * Hkv, N, D] beside them."""
+    rows, kv_heads, tokens, head_dim = kv_shape
+    for name, x in (("k", k), ("v", v), ("q", q)):
+        if not isinstance(x, Tensor):
+            raise StreamStateError(f"{name}: expected a tensor, got {type(x).__name__}")
+        shape = tuple(x.shape)
+        if name == "q":
+            grouped = len(shape) == 4 and shape[1] > 0 and shape[1] % kv_heads == 0
+            fits = grouped and (shape[0], *shape[2:]) == (rows, tokens, head_dim)
+            expected = f"[{rows}, a multiple of {kv_heads}, {tokens}, {head_dim}]"
+        else:
+            fits, expected = shape == tuple(kv_shape), str(list(kv_shape))
+        if not fits:
+            raise StreamStateError(f"{name}: expected {expected}, got {list(shape)}")
+        if x.dtype != dtype:
+            raise StreamStateError(f"{name}: expected {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise StreamStateError(f"{name}: expected a tensor on {device}, got {x.device}")

@@ -1,0 +1,399 @@
+"""The ring cache: keys and values of a stream in fixed memory, never copied, re-ordered or read back.
+
+L lanes of the cache, B lanes of a call, H query heads, Hkv key/value heads, N tokens, D head dim,
+W window tokens, S sink tokens, C = S + W slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import swba_kernels
+
+from .block import Block, BlockTensors, StagedTokens, check_qkv, normalise_lanes, step_tokens
+from .config import StreamConfig
+from .errors import ConfigError, StreamStateError
+from .snapshot import RingSnapshot
+
+_LANE_INDICES_KEPT = 256
+
+
+class RingKVCache:
+    """Hold keys and values of `lanes` streams in rings of sink + window slots a layer.
+
+    The token at absolute position p lives in slot p if p < S, else in slot S + (p - S) % W, so that the visible keys
+    of a block are always the first min(position + N, C) slots. A block under way is written where tokens have just
+    left its window: it can be attended again and again, and is dropped by doing nothing. `commit` makes it history.
+
+    Not differentiable and not thread-safe. Keys come rotated by their absolute positions.
+
+    Args:
+        layers: attention layers.
+        lanes: independent streams.
+        kv_heads: key/value heads of each layer; query heads are a multiple of it.
+        head_dim: size of a head.
+        stream: sizes of window, sinks and blocks.
+        dtype: of keys and values.
+        device: where the rings live.
+        impl: which kernels serve it; "auto" chooses, any other name runs or raises.
+
+    Raises:
+        ConfigError: a size is not a positive int, or the dtype is not a floating one.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        lanes: int,
+        kv_heads: int,
+        head_dim: int,
+        stream: StreamConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        impl: str = "auto",
+    ) -> None:
+        _check_sizes(layers, lanes, kv_heads, head_dim, stream, dtype)
+        self.layers, self.lanes, self.kv_heads, self.head_dim = layers, lanes, kv_heads, head_dim
+        self.stream, self.dtype, self.impl = stream, dtype, impl
+        self.window, self.sink, self.capacity = stream.window_tokens, stream.sink_tokens, stream.capacity_tokens
+        shape = (layers, lanes, kv_heads, self.capacity, head_dim)
+        with torch.inference_mode(False):
+            self.k = torch.zeros(shape, dtype=dtype, device=device)
+            self.v = torch.zeros(shape, dtype=dtype, device=device)
+            self.position_tensor = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self.device = self.k.device
+        self.staged_peak_bytes = 0
+        self._rings = list(zip(self.k.unbind(0), self.v.unbind(0), strict=True))
+        self._position = [0] * lanes
+        self._written_end = [0] * lanes
+        self._block: Block | None = None
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+
+    @staticmethod
+    def predict_bytes(
+        *,
+        layers: int,
+        lanes: int,
+        kv_heads: int,
+        head_dim: int,
+        stream: StreamConfig,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        impl: str = "auto",
+    ) -> int:
+        """Return what `bytes` will be for a cache with these arguments: its rings and its positions."""
+        _check_sizes(layers, lanes, kv_heads, head_dim, stream, dtype)
+        return 2 * layers * lanes * kv_heads * stream.capacity_tokens * head_dim * dtype.itemsize + 8 * lanes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the cache holds for as long as it lives."""
+        return self.k.nbytes + self.v.nbytes + self.position_tensor.nbytes
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of surviving keys and values that a prefill on history holds until its commit."""
+        staged = self._block.staged if self._block is not None else {}
+        return sum(part.k.nbytes + part.v.nbytes for parts in staged.values() for part in parts)
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Committed tokens of each lane; a host mirror of `position_tensor`, free to read."""
+        return tuple(self._position)
+
+    @property
+    def written_end(self) -> tuple[int, ...]:
+        """How far each lane has been written beyond its position by steps that were not committed; 0 if not at all."""
+        return tuple(self._written_end)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lanes: int | Sequence[int] | None = None) -> Tensor:
+        """Write the block's k, v of one layer into the ring and attend from q to all that the block sees.
+
+        The first call after a commit opens the block and fixes its size and lanes; attending a layer again starts
+        the block over (a denoising step, a retry).
+
+        Args:
+            layer: 0 .. layers-1.
+            q: [B, H, N, D].
+            k, v: [B, Hkv, N, D].
+            lanes: lanes that take part, in the order of the rows; None for all.
+
+        Returns:
+            [B, H, N, D].
+
+        Raises:
+            StreamStateError: a shape, dtype or device does not fit, the step is longer than the window, it is
+                another block than the other layers attended, or it is shorter than an abandoned step that has
+                overwritten what it would see. The stream is unchanged.
+        """
+        return self._attend(layer, q, k, v, lanes, prefill=False)
+
+    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lanes: int | Sequence[int] | None = None) -> Tensor:
+        """Attend from many new blocks of one layer, on empty lanes or on top of history; as `attend` otherwise.
+
+        The block grid starts at the call's first token; a shorter first block counts only for lanes at position 0.
+        On history the surviving keys and values are staged until `commit` (`staged_bytes`).
+        """
+        return self._attend(layer, q, k, v, lanes, prefill=True)
+
+    def commit(self) -> None:
+        """Make the attended block part of the stream.
+
+        Raises:
+            StreamStateError: no block is open, or not every layer attended it.
+        """
+        block = self.attended()
+        self.advance_device(block)
+        self.advance_host(block)
+
+    def abort(self) -> None:
+        """Drop the block under way, if any; the stream is as before it."""
+        if self._block is not None and not self._block.touched:
+            self._written_end = list(self._block.written_end_before)
+        self._block = None
+
+    def roll_back(self) -> None:
+        """Drop the block under way, wherever it failed: the positions on the device are set from the host's."""
+        self.abort()
+        self._follow_host()
+
+    def reset(self, lanes: int | Sequence[int] | None = None) -> None:
+        """Make the lanes (None: all) empty streams at position 0."""
+        chosen = self.normalise_lanes(lanes)
+        self.abort()
+        if chosen is None:
+            self.position_tensor.zero_()
+        else:
+            self.position_tensor.index_fill_(0, self.lane_index(chosen), 0)
+        for lane in self._rows(chosen):
+            self._position[lane] = self._written_end[lane] = 0
+
+    def fork(self, src: int, dst: int | Sequence[int]) -> None:
+        """Copy lane `src` into the lane(s) `dst`."""
+        (source,) = self._rows(self.normalise_lanes((src,)))
+        targets = self._rows(self.normalise_lanes(dst))
+        self.abort()
+        used = self.used_slots((source,))
+        for lane in targets:
+            if lane == source:
+                continue
+            for ring in (self.k, self.v):
+                ring[:, lane, :, :used].copy_(ring[:, source, :, :used])
+            self.position_tensor[lane : lane + 1].copy_(self.position_tensor[source : source + 1])
+            self._position[lane] = self._position[source]
+            self._written_end[lane] = self._written_end[source]
+
+    def snapshot(self, device: torch.device | str | None = None) -> RingSnapshot:
+        """Copy the stream, without a block under way, to `device` (default: where it lives)."""
+        k, v = self._used(self.k, device), self._used(self.v, device)
+        return RingSnapshot(self.stream, k, v, self.position, self.written_end)
+
+    def restore(self, snapshot: RingSnapshot) -> None:
+        """Return to a snapshot of this cache or of one with the same arguments."""
+        snapshot.check(self)
+        self.abort()
+        used = snapshot.k.shape[3]
+        self.k[..., :used, :].copy_(snapshot.k)
+        self.v[..., :used, :].copy_(snapshot.v)
+        self._position, self._written_end = list(snapshot.position), list(snapshot.written_end)
+        self._follow_host()
+
+    def used_slots(self, lanes: Sequence[int] | None = None) -> int:
+        """Return how many leading slots hold the history of the lanes (None: of any)."""
+        return min(max(self._position[lane] for lane in self._rows(lanes)), self.capacity)
+
+    def normalise_lanes(self, lanes: int | Sequence[int] | None) -> tuple[int, ...] | None:
+        """Return lanes as a tuple of distinct ints, or None for all in order; raise StreamStateError if wrong."""
+        return normalise_lanes(lanes, self.lanes)
+
+    def lane_index(self, lanes: tuple[int, ...]) -> Tensor:
+        """Return the lanes as an int64 tensor on the device; the copy does not wait for the device."""
+        index = self._indices.get(lanes)
+        if index is None:
+            if len(self._indices) >= _LANE_INDICES_KEPT:
+                self._indices.clear()
+            with torch.inference_mode(False):
+                index = torch.tensor(lanes, dtype=torch.int64).to(self.device, non_blocking=True)
+            self._indices[lanes] = index
+        return index
+
+    def reserve(self, tokens: int, lanes: tuple[int, ...] | None, *, prefill: bool = False) -> Block:
+        """Open a block on the host: check that it may run and note how far it will write.
+
+        For callers that drive the device themselves (a captured graph); `bind` completes it.
+        """
+        if self._block is not None and not self._block.touched:
+            self.abort()
+        rows = self._rows(lanes)
+        history = [self._position[lane] for lane in rows]
+        self._check_block(tokens, rows, history, prefill)
+        sinks = min(max(0, tokens - self.window), max(0, self.sink - min(history))) if prefill else 0
+        block = Block(tokens, len(rows), lanes, prefill, prefill and max(history) > 0, sinks, self.written_end)
+        if not prefill:
+            self._note_written(block)
+        self._block = block
+        return block
+
+    def bind(self, block: Block, index: Tensor | None = None) -> Block:
+        """Compute the block's device tensors from the positions on the device."""
+        if index is None and block.lanes is not None:
+            index = self.lane_index(block.lanes)
+        start = self.position_tensor.clone() if index is None else self.position_tensor.index_select(0, index)
+        block.tensors = BlockTensors(index, start, (start + block.tokens).clamp_(max=self.capacity))
+        return block
+
+    def open(self, tokens: int, lanes: tuple[int, ...] | None, *, prefill: bool = False) -> Block:
+        """Open a block: `reserve` and `bind`."""
+        return self.bind(self.reserve(tokens, lanes, prefill=prefill))
+
+    def run(self, block: Block, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend one layer of an open block."""
+        self._check_layer(layer)
+        check_qkv(q, k, v, (block.rows, self.kv_heads, block.tokens, self.head_dim), self.dtype, self.device)
+        return self._run(block, layer, q, k, v)
+
+    def attended(self) -> Block:
+        """Return the open block if every layer attended it, else raise StreamStateError."""
+        block = self._block
+        if block is None:
+            raise StreamStateError("commit: expected a block that every layer attended, got no block")
+        missing = [layer for layer in range(self.layers) if layer not in block.done]
+        if missing:
+            raise StreamStateError(f"commit: expected every layer to attend the block, layers {missing} did not")
+        return block
+
+    @torch.no_grad()
+    def advance_device(self, block: Block) -> None:
+        """Write what a prefill staged and move the positions on the device."""
+        index, start, _ = block.bound
+        if block.staged:
+            self._note_written(block)
+        for layer, parts in block.staged.items():
+            for offset, k, v in parts:
+                self._write(layer, k, v, start + offset, index)
+        if index is None:
+            self.position_tensor.add_(block.tokens)
+        else:
+            self.position_tensor.index_add_(0, index, torch.full_like(index, block.tokens))
+
+    def advance_host(self, block: Block) -> None:
+        """Follow on the host what `advance_device` did, and close the block."""
+        position, written_end = list(self._position), list(self._written_end)
+        for lane in self._rows(block.lanes):
+            position[lane] += block.tokens
+            written_end[lane] = 0
+        self._position, self._written_end, self._block = position, written_end, None
+
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, lanes: int | Sequence[int] | None, prefill: bool
+    ) -> Tensor:
+        self._check_layer(layer)
+        chosen = self.normalise_lanes(lanes)
+        tokens = step_tokens(k)
+        check_qkv(q, k, v, (len(self._rows(chosen)), self.kv_heads, tokens, self.head_dim), self.dtype, self.device)
+        block = self._block
+        if block is None or layer in block.done:
+            block = self.open(tokens, chosen, prefill=prefill)
+        elif (block.tokens, block.lanes, block.prefill) != (tokens, chosen, prefill):
+            raise StreamStateError(
+                f"layer {layer}: expected the block that other layers attended, a "
+                f"{self._describe(block.tokens, block.lanes, block.prefill)}; "
+                f"got a {self._describe(tokens, chosen, prefill)}"
+            )
+        return self._run(block, layer, q, k, v)
+
+    @torch.no_grad()
+    def _run(self, block: Block, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        index, start, valid = block.bound
+        k_ring, v_ring = self._rings[layer]
+        block.touched = True
+        if not block.prefill:
+            self._write(layer, k, v, start, index)
+            # Never full=True: which kernel serves a lane must not depend on where other lanes are.
+            out = swba_kernels.window_decode_attention(q, k_ring, v_ring, valid, lanes=index, impl=self.impl)
+        elif block.on_history:
+            pattern = replace(self.stream.pattern, first_block=0)
+            out = swba_kernels.prefill_attention(q, k, v, pattern, k_ring, v_ring, start, lanes=index, impl=self.impl)
+            self._stage(block, layer, k, v)
+        else:
+            out = swba_kernels.block_window_attention(q, k, v, self.stream.pattern, impl=self.impl)
+            self._write(layer, k, v, start, index)
+        block.done.add(layer)
+        return out
+
+    def _write(self, layer: int, k: Tensor, v: Tensor, position: Tensor, index: Tensor | None) -> None:
+        k_ring, v_ring = self._rings[layer]
+        swba_kernels.ring_write(k_ring, v_ring, k, v, position, sink=self.sink, lanes=index, impl=self.impl)
+
+    def _stage(self, block: Block, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep a copy of the sinks and of the last window; a lane's later tokens are written over earlier ones."""
+        recent = max(0, block.tokens - self.window)
+        parts = [StagedTokens(recent, k[:, :, recent:].clone(), v[:, :, recent:].clone())]
+        if block.sink_tokens:
+            sinks = slice(0, block.sink_tokens)
+            parts.insert(0, StagedTokens(0, k[:, :, sinks].clone(), v[:, :, sinks].clone()))
+        block.staged[layer] = parts
+        self.staged_peak_bytes = max(self.staged_peak_bytes, self.staged_bytes)
+
+    def _describe(self, tokens: int, lanes: Sequence[int] | None, prefill: bool) -> str:
+        return f"{'prefill' if prefill else 'step'} of {tokens} tokens, lanes {list(self._rows(lanes))}"
+
+    def _note_written(self, block: Block) -> None:
+        for lane in self._rows(block.lanes):
+            self._written_end[lane] = max(self._written_end[lane], self._position[lane] + block.tokens)
+
+    def _follow_host(self) -> None:
+        self.position_tensor.copy_(torch.tensor(self._position, dtype=torch.int64))
+
+    def _used(self, ring: Tensor, device: torch.device | str | None) -> Tensor:
+        used = ring[..., : self.used_slots(), :]
+        with torch.inference_mode(False):
+            copy = torch.empty(used.shape, dtype=ring.dtype, device=self.device if device is None else device)
+            for layer in range(self.layers):
+                copy[layer].copy_(used[layer])
+        return copy
+
+    def _rows(self, lanes: Sequence[int] | None) -> Sequence[int]:
+        return range(self.lanes) if lanes is None else lanes
+
+    def _check_layer(self, layer: int) -> None:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.layers:
+            raise StreamStateError(f"layer: expected an int in 0..{self.layers - 1}, got {layer!r}")
+
+    def _check_block(self, tokens: int, rows: Sequence[int], history: list[int], prefill: bool) -> None:
+        if tokens < 1 or (tokens > self.window and not prefill):
+            limit = "at least 1" if prefill else f"1 to {self.window} (the window)"
+            raise StreamStateError(f"tokens: expected {limit}, got {tokens}")
+        if prefill and self.stream.first_block_frames and min(history) == 0 < max(history):
+            raise StreamStateError(
+                "lanes: expected either empty lanes or lanes with history, since the first block of an empty lane is "
+                f"shorter; got positions {history}"
+            )
+        first = min(tokens, self.stream.block_tokens) if prefill else tokens
+        for lane, position in zip(rows, history, strict=True):
+            end = self._written_end[lane]
+            if position + first < end and end > self.capacity:
+                raise StreamStateError(
+                    f"tokens: expected a {'first block' if prefill else 'step'} of at least {end - position}, since an "
+                    f"uncommitted step of that size has overwritten in lane {lane} what a shorter one would see; "
+                    f"got {first}"
+                )
+
+
+def _check_sizes(
+    layers: int, lanes: int, kv_heads: int, head_dim: int, stream: StreamConfig, dtype: torch.dtype
+) -> None:
+    for name, value in (("layers", layers), ("lanes", lanes), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: expected an int of at least 1, got {value!r}")
+    if head_dim % 8 or head_dim > 256:
+        raise ConfigError(f"head_dim: expected a multiple of 8 up to 256, got {head_dim}")
+    if not isinstance(stream, StreamConfig):
+        raise ConfigError(f"stream: expected a StreamConfig, got {type(stream).__name__}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype: expected a floating dtype, got {dtype}")
