@@ -12,7 +12,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,13 +122,14 @@ def load_model(
         CheckpointError: a damaged or missing shard; missing, extra or duplicate tensors; a wrong shape or dtype.
     """
     config = read_config(directory)
+    stream = parse_part(StreamConfig, config, "stream")
     model = _build(config)
     tensors = read_shards(directory)
     _check_tensors(tensors, model.state_dict(), _DTYPES[config["dtype"]], check_finite)
     model.load_state_dict(tensors, strict=True)
     model.to(device=device, dtype=dtype or _DTYPES[config["dtype"]])
     model.requires_grad_(False)
-    return LoadedModel(model.eval(), StreamConfig.from_dict(config["stream"]), config)
+    return LoadedModel(model.eval(), stream, config)
 
 
 def read_shards(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -166,17 +166,15 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: expected a readable safetensors file, got {error!r}") from error
 
 
-def dataclass_from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Build a config dataclass from JSON (lists become tuples); raise ConfigError on unknown or missing keys."""
+def parse_part(kind: Any, config: Mapping[str, Any], name: str) -> Any:
+    """Build the config dataclass `kind` from `config[name]`; raise ConfigError if it does not describe one."""
+    values = config[name]
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected an object, got {values!r}")
-    unknown = sorted(set(values) - {field.name for field in fields(cls)})
-    if unknown:
-        raise ConfigError(f"{where}: unknown keys {unknown}; {cls.__name__} has {[f.name for f in fields(cls)]}")
+        raise ConfigError(f"{name}: expected a JSON object, got {values!r}")
     try:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return kind.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{name}: {error}") from error
 
 
 class _DuplicateKey(Exception):
@@ -210,7 +208,7 @@ def _build(config: dict[str, Any]) -> torch.nn.Module:
     from .models.video_dit import VideoDiT, VideoDiTConfig
 
     with torch.random.fork_rng(devices=[]):
-        return VideoDiT(dataclass_from_dict(VideoDiTConfig, config["model"], "config.json: model"))
+        return VideoDiT(parse_part(VideoDiTConfig, config, "model"))
 
 
 def _check_tensors(
