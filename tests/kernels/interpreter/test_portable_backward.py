@@ -1,0 +1,110 @@
+"""The portable gradient kernels under Triton's interpreter, against float64 autograd, inside poisoned memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swba_kernels.pattern import BlockWindow
+from swba_kernels.reference import block_window_reference
+
+pytest.importorskip("triton")
+
+from swba_kernels.portable.backward import backward
+from swba_kernels.portable.tiles import Tile
+
+from poison import embed, relative_error
+
+TILE = Tile(16, 16, 4, 2)
+
+# tokens, block_size, window, sink, first_block, heads, kv heads, head dim
+CASES = [
+    (37, 1, 1, 0, 0, 1, 1, 16),
+    (50, 1, 9, 3, 1, 2, 1, 8),
+    (70, 7, 20, 3, 2, 2, 1, 24),
+    (64, 16, 48, 0, 0, 2, 2, 16),
+    (150, 64, 100, 10, 5, 1, 1, 64),
+    (200, 96, 96, 0, 0, 1, 1, 16),
+    (130, 64, 128, 64, 0, 2, 2, 80),
+    (210, 200, 300, 20, 3, 1, 1, 16),
+    (120, 20, 50, 47, 7, 4, 2, 16),
+    (1, 5, 5, 5, 5, 1, 1, 16),
+]
+
+
+def gradients(pattern: BlockWindow, heads: int, kv_heads: int, n: int, d: int, scale: float, dtype=torch.float32, **tiles):
+    """Return ((kernel, float64, eager) gradients) of the same random problem; the kernel sees poisoned strided inputs."""
+    torch.manual_seed(n * d + heads)
+    inputs = [torch.randn(2, h, n, d).to(dtype) for h in (heads, kv_heads, kv_heads)]
+    dout = torch.randn(2, heads, n, d).to(dtype)
+
+    def eager(kind):
+        leaves = [x.to(kind).requires_grad_() for x in inputs]
+        out, lse = block_window_reference(*leaves, pattern, sm_scale=scale, return_lse=True)
+        return out.detach(), lse.detach(), torch.autograd.grad(out, leaves, dout.to(kind))
+
+    out, lse, expected = eager(torch.float64)
+    got = backward(
+        embed(dout),
+        *(embed(x) for x in inputs),
+        embed(out.to(dtype)),
+        lse.float(),
+        scale=scale,
+        block_size=pattern.block_size,
+        window=pattern.window,
+        sink=pattern.sink,
+        grid_start=pattern.grid_start,
+        **tiles,
+    )
+    return got, expected, eager(dtype)[2]
+
+
+@pytest.mark.parametrize("n, block_size, window, sink, first_block, heads, kv_heads, d", CASES)
+def test_gradients_equal_autograd_and_read_nothing_outside_their_tensors(
+    n, block_size, window, sink, first_block, heads, kv_heads, d
+):
+    pattern = BlockWindow(block_size, window, sink, first_block)
+    got, expected, _ = gradients(pattern, heads, kv_heads, n, d, d**-0.5, tile_dkv=TILE, tile_dq=TILE)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.isfinite(x).all()
+        assert (x - y).norm() < 5e-6 * y.norm() + 2e-5 * n**0.5
+
+
+@pytest.mark.parametrize("tile", [Tile(32, 16, 4, 1), Tile(16, 64, 4, 2), Tile(64, 32, 4, 3)])
+def test_gradients_do_not_depend_on_the_tile(tile):
+    pattern = BlockWindow(24, 60, sink=5, first_block=9)
+    got, expected, _ = gradients(pattern, 2, 1, 133, 16, 0.25, tile_dkv=tile, tile_dq=tile)
+    for x, y in zip(got, expected, strict=True):
+        assert relative_error(x, y) < 5e-6
+
+
+def test_a_negative_scale_is_served():
+    got, expected, _ = gradients(BlockWindow(10, 25), 1, 1, 40, 16, -0.5, tile_dkv=TILE, tile_dq=TILE)
+    for x, y in zip(got, expected, strict=True):
+        assert relative_error(x, y) < 5e-6
+
+
+def test_half_precision_gradients_are_no_worse_than_eager_attention():
+    got, expected, eager = gradients(BlockWindow(20, 45, sink=4), 2, 1, 90, 24, 0.2, torch.float16, tile_dkv=TILE, tile_dq=TILE)
+    for x, y, z in zip(got, expected, eager, strict=True):
+        assert x.dtype == torch.float16
+        assert relative_error(x, y) < 2 * relative_error(z, y)
+
+
+def test_gradients_have_the_layouts_of_their_inputs_and_an_expanded_dout_is_served():
+    pattern = BlockWindow(20, 20)
+    q, k, v = (torch.randn(1, 40, 2, 16).transpose(1, 2).requires_grad_() for _ in range(3))
+    out, lse = block_window_reference(q, k, v, pattern, return_lse=True)
+    expected = torch.autograd.grad(out.sum(), (q, k, v))
+    ones = torch.ones(()).expand(out.shape)
+    with torch.no_grad():
+        got = backward(ones, q, k, v, out, lse, scale=0.25, block_size=20, window=20, sink=0, grid_start=0)
+    for x, y, z in zip(got, expected, (q, k, v), strict=True):
+        assert x.stride() == z.stride()
+        assert torch.allclose(x, y, atol=1e-5)
+
+
+def test_empty_input_gives_empty_gradients():
+    x, lse = torch.empty(1, 2, 0, 16), torch.empty(1, 2, 0)
+    got = backward(x, x, x, x, x, lse, scale=1.0, block_size=4, window=4, sink=0, grid_start=0)
+    assert [g.shape for g in got] == [x.shape] * 3
