@@ -297,7 +297,7 @@ class RingKVCache:
         tokens = step_tokens(k)
         check_qkv(q, k, v, (len(self._rows(chosen)), self.kv_heads, tokens, self.head_dim), self.dtype, self.device)
         block = self._block
-        if block is None or layer in block.done:
+        if block is None or not block.done or layer in block.done:
             block = self.open(tokens, chosen, prefill=prefill)
         elif (block.tokens, block.lanes, block.prefill) != (tokens, chosen, prefill):
             raise StreamStateError(

@@ -61,9 +61,7 @@ def accepted_names(forward: Callable[..., Any]) -> tuple[frozenset[str], frozens
     return frozenset(p.name for p in named), frozenset(p.name for p in named if p.default is p.empty)
 
 
-def read_conditioning(
-    given: Mapping[str, Any], names: tuple[frozenset[str], frozenset[str]] | None
-) -> Conditioning:
+def read_conditioning(given: Mapping[str, Any], names: tuple[frozenset[str], frozenset[str]] | None) -> Conditioning:
     """Sort keyword arguments into values and static ones.
 
     Raises:

@@ -133,8 +133,7 @@ def read_stream(
     for name in ("position", "written_end"):
         if tensors[name].dtype != torch.int64 or list(tensors[name].shape) != [cache.lanes]:
             raise CheckpointError(
-                f"{path}: {name}: expected int64 [{cache.lanes}], "
-                f"got {tensors[name].dtype} {list(tensors[name].shape)}"
+                f"{path}: {name}: expected int64 [{cache.lanes}], got {tensors[name].dtype} {list(tensors[name].shape)}"
             )
     position, written_end = (tuple(tensors[name].tolist()) for name in ("position", "written_end"))
     ring = RingSnapshot(cache.stream, tensors["ring.k"], tensors["ring.v"], position, written_end)
