@@ -74,7 +74,6 @@ def _prefers_torch(index: int | None, tokens: int) -> bool:
     return any(part in name and tokens >= least for part, least in _TORCH_DECODE.items())
 
 
-@torch.compiler.assume_constant_result
 def _resolve(impl: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int, op: str) -> str:
     if impl == "auto":
         return _choose(device, index, dtype, head_dim, op).name
@@ -84,6 +83,10 @@ def _resolve(impl: str, device: str, index: int | None, dtype: torch.dtype, head
     if obstacle:
         raise ValueError(f"impl: expected an implementation that can run here, got 'triton': {obstacle}")
     return impl
+
+
+# What torch.compiler.assume_constant_result sets; calling it here would import the whole compiler (a second).
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(impl: str, x: Tensor, op: str, *, full: bool = False) -> str:
