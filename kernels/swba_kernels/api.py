@@ -61,7 +61,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bs: int, ws: int, sm_scale: float
     """Compute sliding-window block attention with the signature of the project this one grew from.
 
     Args:
-        q, k, v: [B, NH, N, DH]; N need not be a multiple of `bs`.
+        q, k, v: [B, NH, N, DH]; N need not be a multiple of `bs`: a short last block sees the last ws * bs tokens.
         bs: tokens of a block.
         ws: blocks of the window; block i sees blocks i - ws + 1 .. i.
         sm_scale: factor on the scores.
@@ -164,9 +164,7 @@ def window_decode_attention(
     if not isinstance(full, bool):
         raise TypeError(f"full: expected a bool, got {type(full).__name__}")
     name = resolve(impl, q, "decode", full=full)
-    out, lse = torch.ops.swba.decode(
-        q, k_ring, v_ring, valid, lanes, _scale(sm_scale, q), full, name, return_lse
-    )
+    out, lse = torch.ops.swba.decode(q, k_ring, v_ring, valid, lanes, _scale(sm_scale, q), full, name, return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -164,9 +164,7 @@ def _attend(
     return out, torch.logsumexp(scores, dim=-1).float()
 
 
-def _attend_seen(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, need_lse: bool
-) -> tuple[Tensor, Tensor]:
+def _attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Attend to the keys marked in `seen` [B, M], the same for all queries of a row; others may hold NaN."""
     k, v = (torch.where(seen[:, None, :, None], x, 0) for x in (k, v))
     return _attend(q, k, v, scale, need_lse, seen[:, None, None, :])
@@ -201,9 +199,7 @@ def _prefill_exact(
                     keys.append(k[b : b + 1, :, max(lo, p) - p : hi - p])
                     values.append(v[b : b + 1, :, max(lo, p) - p : hi - p])
             one, rows = slice(b, b + 1), slice(start, end)
-            out[one, :, rows], lse[one, :, rows] = _attend(
-                q[one, :, rows], _cat(keys), _cat(values), scale, need_lse
-            )
+            out[one, :, rows], lse[one, :, rows] = _attend(q[one, :, rows], _cat(keys), _cat(values), scale, need_lse)
 
 
 def _prefill_masked(

@@ -1,0 +1,170 @@
+"""Problems for the attention functions, and the checks of their results against the float64 reference.
+
+B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N new tokens, S ring slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import swba_kernels
+import torch
+from swba_kernels import BlockWindow, reference
+from tolerance import assert_close, assert_lse_close
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """A pattern and the sizes of a call."""
+
+    pattern: BlockWindow
+    n: int
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 16
+    batch: int = 2
+
+    def __str__(self) -> str:
+        p = self.pattern
+        sizes = f"bs{p.block_size}-w{p.window}-s{p.sink}-f{p.first_block}-N{self.n}"
+        return f"{sizes}-H{self.heads}-{self.kv_heads}-D{self.head_dim}-B{self.batch}"
+
+
+SMALL = [
+    Case(BlockWindow(1, 3), 5),
+    Case(BlockWindow(4, 12), 23),
+    Case(BlockWindow(7, 9, 3), 40, heads=6, kv_heads=2, head_dim=8),
+    Case(BlockWindow(5, 13, 4, 2), 31, heads=4, kv_heads=1, head_dim=24),
+    Case(BlockWindow(16, 50, 70), 100, heads=1, kv_heads=1, head_dim=64, batch=1),
+    Case(BlockWindow(9, 9, 1, 9), 27, head_dim=40),
+    Case(BlockWindow(64, 64, 0, 1), 33, batch=1),
+]
+
+
+def qkv(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw q, k, v [B, H, N, D] as views of [B, N, H, D] tensors, as models make them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> Tensor:
+        x = torch.randn(case.batch, case.n, heads, case.head_dim, generator=generator)
+        return x.to(device, dtype).transpose(1, 2)
+
+    return draw(case.heads), draw(case.kv_heads), draw(case.kv_heads)
+
+
+class RingCase(NamedTuple):
+    """New tokens on top of ring histories: q, k, v, the rings (NaN where nothing may be read) and the row numbers."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_ring: Tensor
+    v_ring: Tensor
+    position: Tensor
+    lanes: Tensor
+
+    def to(self, dtype: torch.dtype) -> RingCase:
+        return RingCase(*(x.to(dtype) if x.is_floating_point() else x for x in self))
+
+
+def ring_case(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, spare: int = 0) -> RingCase:
+    """Draw new tokens, and histories of random lengths in random lanes of rings with `spare` slots beyond the window."""
+    rng = random.Random(seed)
+    q, k, v = qkv(case, dtype, device, seed)
+    lanes = case.batch + 2
+    slots = case.pattern.sink + case.pattern.window + spare
+    shape = (lanes, case.kv_heads, slots, case.head_dim)
+    rings = [torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2)]
+    order = rng.sample(range(lanes), case.batch)
+    starts = [rng.choice([0, rng.randrange(1, 4), rng.randrange(3 * slots)]) for _ in order]
+    generator = torch.Generator().manual_seed(seed + 1)
+    for lane, start in zip(order, starts, strict=True):
+        _, filled = reference.ring_layout(start, slots, case.pattern.sink)
+        for ring in rings:
+            rows = torch.randn(case.kv_heads, len(filled), case.head_dim, generator=generator)
+            ring[lane, :, filled] = rows.to(device, dtype)
+    position, index = (torch.tensor(x, dtype=torch.int64, device=device) for x in (starts, order))
+    return RingCase(q, k, v, *rings, position, index)
+
+
+def check_forward(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu") -> None:
+    """Compare out and lse of the whole-sequence call with the reference."""
+    q, k, v = qkv(case, dtype, device)
+    out, lse = swba_kernels.block_window_attention(q, k, v, case.pattern, return_lse=True, impl=impl)
+    double = (x.double() for x in (q, k, v))
+    oracle, oracle_lse = reference.block_window_reference(*double, case.pattern, return_lse=True)
+    assert_close(out, oracle, reference.block_window_reference(q, k, v, case.pattern))
+    assert_lse_close(lse, oracle_lse)
+
+
+def check_backward(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu") -> None:
+    """Compare dq, dk and dv with the gradients of the reference."""
+    inputs = qkv(case, dtype, device)
+    dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(9)).to(device, dtype)
+
+    def gradients(function, tensors, seed):
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        return torch.autograd.grad(function(*tensors, case.pattern), tensors, seed)
+
+    def fast(*args):
+        return swba_kernels.block_window_attention(*args, impl=impl)
+
+    actual = gradients(fast, inputs, dout)
+    oracle = gradients(reference.block_window_reference, [x.double() for x in inputs], dout.double())
+    eager = gradients(reference.block_window_reference, inputs, dout)
+    for name, a, o, e in zip(("dq", "dk", "dv"), actual, oracle, eager, strict=True):
+        assert_close(a, o, e, name)
+
+
+def check_prefill(
+    case: Case, dtype: torch.dtype, impl: str, device: str = "cpu", seed: int = 0, spare: int = 0
+) -> None:
+    """Compare a prefill on top of histories, whose unwritten slots and neighbouring lanes are NaN."""
+    rows = ring_case(case, dtype, device, seed, spare)
+    *args, lanes = rows
+
+    def call(function, arguments, **options):
+        q, k, v, k_ring, v_ring, position = arguments
+        return function(q, k, v, case.pattern, k_ring, v_ring, position, lanes=lanes, **options)
+
+    out, lse = call(swba_kernels.prefill_attention, args, return_lse=True, impl=impl)
+    oracle, oracle_lse = call(reference.prefill_reference, rows.to(torch.float64)[:-1], return_lse=True)
+    assert_close(out, oracle, call(reference.prefill_reference, args))
+    assert_lse_close(lse, oracle_lse)
+
+
+def decode_case(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
+    """Return q, rings, valid and lanes; slots past valid and lanes that no row reads are NaN."""
+    rows = ring_case(case._replace(n=min(case.n, case.pattern.block_size)), dtype, device, seed)
+    slots = rows.k_ring.shape[2]
+    rng = random.Random(seed + 7)
+    valid = [rng.choice([1, rng.randrange(1, slots + 1), slots]) for _ in range(case.batch)]
+    for ring in (rows.k_ring, rows.v_ring):
+        ring.fill_(float("nan"))
+        for lane, n in zip(rows.lanes.tolist(), valid, strict=True):
+            noise = torch.randn(case.kv_heads, n, case.head_dim, generator=torch.Generator().manual_seed(seed + lane))
+            ring[lane, :, :n] = noise.to(device, dtype)
+    return rows.q, rows.k_ring, rows.v_ring, torch.tensor(valid, device=device), rows.lanes
+
+
+def check_decode(case: Case, dtype: torch.dtype, decode, device: str = "cpu", seed: int = 0) -> None:
+    """Compare `decode(q, k_ring, v_ring, valid, lanes) -> (out, lse)` with the reference."""
+    q, k_ring, v_ring, valid, lanes = decode_case(case, dtype, device, seed)
+    out, lse = decode(q, k_ring, v_ring, valid, lanes)
+    double = (x.double() for x in (q, k_ring, v_ring))
+    oracle, oracle_lse = reference.decode_reference(*double, valid, lanes=lanes, return_lse=True)
+    assert_close(out, oracle, reference.decode_reference(q, k_ring, v_ring, valid, lanes=lanes))
+    assert_lse_close(lse, oracle_lse)
+
+
+def check_ring_write(case: Case, dtype: torch.dtype, write, device: str = "cpu", seed: int = 0) -> None:
+    """Compare `write(k_ring, v_ring, k, v, position, lanes, sink)` with writing token after token, bit for bit."""
+    rows = ring_case(case, dtype, device, seed)
+    sink = case.pattern.sink
+    actual = [x.clone() for x in (rows.k_ring, rows.v_ring)]
+    expected = [x.clone() for x in (rows.k_ring, rows.v_ring)]
+    write(*actual, rows.k, rows.v, rows.position, rows.lanes, sink)
+    reference.ring_write_reference(*expected, rows.k, rows.v, rows.position, sink=sink, lanes=rows.lanes)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)

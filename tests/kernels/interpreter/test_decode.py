@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_cases import SMALL, Case, check_decode, decode_case
+from swba_kernels import BlockWindow, reference
+
+pytest.importorskip("triton")
+
+from swba_kernels.portable.decode import DecodeTile, decode, decode_splits, decode_tile
+
+TILE = DecodeTile(16, 16, 4, 2)
+LONG = Case(BlockWindow(6, 90, 7), 6, heads=4, kv_heads=2, head_dim=24)
+
+
+def decode_with(splits: int | None, tile: DecodeTile | None = TILE, scale: float | None = None):
+    def call(q, k_ring, v_ring, valid, lanes):
+        chosen = q.shape[-1] ** -0.5 if scale is None else scale
+        return decode(q, k_ring, v_ring, valid, lanes, scale=chosen, splits=splits, tile=tile)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_decode_equals_the_reference(case, dtype) -> None:
+    check_decode(case, dtype, decode_with(None), seed=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 40])
+def test_any_number_of_splits_equals_the_reference(splits, seed) -> None:
+    check_decode(LONG, torch.float32, decode_with(splits), seed=seed)
+
+
+def test_more_query_rows_than_a_tile_and_the_chosen_tile() -> None:
+    case = Case(BlockWindow(37, 80), 37, heads=6, kv_heads=2, head_dim=8)
+    check_decode(case, torch.float32, decode_with(3), seed=2)
+    check_decode(case, torch.float32, decode_with(None, None), seed=2)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
+def test_any_finite_scale(scale) -> None:
+    q, k_ring, v_ring, valid, lanes = decode_case(LONG, torch.float32)
+    out, lse = decode_with(3, scale=scale)(q, k_ring, v_ring, valid, lanes)
+    expected, expected_lse = reference.decode_reference(
+        q, k_ring, v_ring, valid, lanes=lanes, sm_scale=scale, return_lse=True
+    )
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_poisoned_workspace_and_empty_splits_do_not_matter(monkeypatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **b: empty(*a, **b).fill_(float("nan")))
+    q, k_ring, v_ring, _, lanes = decode_case(LONG, torch.float32)
+    k_ring[:, :, 1:], v_ring[:, :, 1:] = float("nan"), float("nan")
+    k_ring[:, :, 0], v_ring[:, :, 0] = 1.0, 2.0
+    out, lse = decode_with(6)(q, k_ring, v_ring, torch.ones(2, dtype=torch.int64), lanes)
+    torch.testing.assert_close(out, torch.full_like(out, 2.0))
+    assert torch.isfinite(lse).all()
+
+
+def test_a_lane_is_bitwise_the_same_whatever_the_others_do() -> None:
+    q, k_ring, v_ring, valid, lanes = decode_case(LONG, torch.float32)
+    call = decode_with(None)
+    both, both_lse = call(q, k_ring, v_ring, valid, lanes)
+    for b in range(2):
+        alone, alone_lse = call(q[b : b + 1], k_ring, v_ring, valid[b : b + 1], lanes[b : b + 1])
+        assert torch.equal(alone, both[b : b + 1])
+        assert torch.equal(alone_lse, both_lse[b : b + 1])
+
+
+def test_strided_tensors_and_rows_without_lanes() -> None:
+    q = torch.randn(2, 5, 4, 16).transpose(1, 2)
+    rings = [torch.randn(2, 30, 2, 40).transpose(1, 2)[..., 8:24] for _ in range(2)]
+    valid = torch.tensor([[30, 9], [7, 9]])[:, 0]
+    out, _ = decode(q, *rings, valid, None, scale=0.25, splits=2, tile=TILE)
+    assert out.stride() == q.stride()
+    torch.testing.assert_close(out, reference.decode_reference(q, *rings, valid), atol=2e-6, rtol=1e-5)
+
+
+def test_tiles_fit_shared_memory() -> None:
+    for limit in (99 * 1024, 163 * 1024, 227 * 1024):
+        for block_d in (16, 32, 64, 128, 256):
+            for itemsize in (2, 4):
+                for rows in (1, 20, 64, 5000):
+                    m, n, _, stages = decode_tile(rows, block_d, itemsize, limit)
+                    assert (m + 2 * stages * n) * block_d * itemsize <= limit
+                    assert m >= 16
+                    assert n >= 16
+
+
+def test_splits_fill_the_gpu_only_when_it_is_not_full() -> None:
+    assert decode_splits(programs=132 * 8, key_tiles=512, slots=132) == 1
+    assert decode_splits(programs=12, key_tiles=64, slots=264) > 4
+    splits = decode_splits(programs=156, key_tiles=512, slots=132)
+    waves = 156 * splits / 132
+    assert waves / math.ceil(waves) > 0.9
+    assert decode_splits(programs=1, key_tiles=1, slots=132) == 1
