@@ -1,7 +1,7 @@
 """Rotary positions in several axes, computed from absolute positions: no table, so a stream has no length limit.
 
-Pairs are interleaved: channels 2i and 2i + 1 turn together by the angle of pair i. Each axis (for video: time, row, column)
-owns a slice of the pairs, as in Wan's transformer.
+Pairs are interleaved: channels 2i and 2i + 1 turn together by the angle of pair i. Each axis (for video: time, row,
+column) owns a slice of the pairs, as in Wan's transformer.
 
 L lanes, H heads, N tokens, D head dim.
 """
@@ -19,8 +19,8 @@ from .errors import ConfigError
 def rope_angles(coordinates: Sequence[Tensor], dims: Sequence[int], theta: Sequence[float] | float = 10000.0) -> Tensor:
     """Return the angle of every channel pair, reduced to [-pi, pi].
 
-    Pair i of an axis with d channels turns by `coordinate * theta ** (-2 i / d)`. The product and its reduction are done in
-    float64: the error stays below 1e-4 up to position 10**12.
+    Pair i of an axis with d channels turns by `coordinate * theta ** (-2 i / d)`. The product and its reduction are
+    done in float64: the error stays below 1e-4 up to position 10**12.
 
     Args:
         coordinates: one integer tensor an axis, all of the same shape [...].
@@ -36,7 +36,8 @@ def rope_angles(coordinates: Sequence[Tensor], dims: Sequence[int], theta: Seque
     bases = [float(theta)] * len(dims) if isinstance(theta, (int, float)) else [float(base) for base in theta]
     if not len(coordinates) == len(dims) == len(bases):
         raise ConfigError(
-            f"dims: expected one entry an axis, got {len(coordinates)} coordinates, {len(dims)} dims and {len(bases)} bases"
+            f"dims: expected one entry an axis, got {len(coordinates)} coordinates, {len(dims)} dims "
+            f"and {len(bases)} bases"
         )
     if any(dim < 0 or dim % 2 for dim in dims):
         raise ConfigError(f"dims: expected even numbers, got {tuple(dims)}")

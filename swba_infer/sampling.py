@@ -41,7 +41,8 @@ class FlowSampler:
 
     Args:
         steps: denoising steps a frame, at least 1.
-        shift: warps the evenly spaced levels u to shift u / (1 + (shift - 1) u); above 1 spends more steps at high noise.
+        shift: warps the evenly spaced levels u to shift u / (1 + (shift - 1) u); above 1 spends more steps at high
+            noise.
         context_noise: noise level in [0, 1) at which a finished frame enters the history; the model is told.
     """
 
@@ -63,7 +64,13 @@ class FlowSampler:
         return tuple(self.shift * u / (1 + (self.shift - 1) * u) for u in even)
 
     def noise(
-        self, seed: int, lane: int, block: int, step: int, shape: Sequence[int], device: torch.device | str | None = None
+        self,
+        seed: int,
+        lane: int,
+        block: int,
+        step: int,
+        shape: Sequence[int],
+        device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw float32 normal noise that only (seed, lane, block, step) and the kind of device decide.
 

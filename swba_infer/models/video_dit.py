@@ -2,9 +2,10 @@
 
 L lanes, F frames, P tokens of a frame, N = F P tokens, H heads, D head dim, C channels of a token, E model width.
 
-A token is a square patch of pixels, in [-1, 1]. Everything but `context.attend` works inside one frame, so what a frame sees of
-the past is decided by the attention pattern alone. Conditioning enters as adaLN modulation, shared by all layers up
-to a table per layer (adaLN-single, PixArt-alpha), the output is preconditioned as in EDM (Karras et al. 2022).
+A token is a square patch of pixels, in [-1, 1]. Everything but `context.attend` works inside one frame, so what
+a frame sees of the past is decided by the attention pattern alone. Conditioning enters as adaLN modulation, shared by
+all layers up to a table per layer (adaLN-single, PixArt-alpha); the output is preconditioned as in EDM (Karras et al.
+2022).
 """
 
 from __future__ import annotations
@@ -57,13 +58,14 @@ class VideoDiTConfig:
             if field.name == "sigma_data":
                 if not value > 0:
                     raise ConfigError(f"sigma_data: expected a positive number, got {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, int) or value < (field.name == "kv_heads" and 0 or 1):
-                if field.name == "kv_heads" and value == 0:
-                    continue
-                raise ConfigError(f"{field.name}: expected a positive int, got {value!r}")
+                continue
+            low = 0 if field.name == "kv_heads" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{field.name}: expected an int of at least {low}, got {value!r}")
         if self.patch % 4 or self.height % self.patch or self.width % self.patch:
             raise ConfigError(
-                f"patch: expected a multiple of 4 that divides height {self.height} and width {self.width}, got {self.patch}"
+                f"patch: expected a multiple of 4 that divides height {self.height} and width {self.width}, "
+                f"got {self.patch}"
             )
         if self.dim % self.heads or (self.dim // self.heads) % 8:
             raise ConfigError(f"heads: expected dim / heads to be a multiple of 8, got {self.dim} / {self.heads}")
@@ -270,11 +272,21 @@ class VideoDiT(nn.Module):
         return y.permute(0, 1, 3, 2, 5, 4, 6).reshape(modulation.shape[0], -1, size.token_channels)
 
 
+def compile_layers(model: VideoDiT) -> None:
+    """Run what lies between the attention calls through torch.compile: one graph for the same half of every layer."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.project = torch.compile(block.project, dynamic=False)  # type: ignore[assignment]
+        block.absorb = torch.compile(block.absorb, dynamic=False)  # type: ignore[assignment]
+    model._stem = torch.compile(model._stem, dynamic=False)  # type: ignore[assignment]
+    model._head = torch.compile(model._head, dynamic=False)  # type: ignore[assignment]
+
+
 def preconditioning(t: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return EDM's (skip, input scale, output scale) for x_t = (1 - t) x_0 + t noise and data of deviation `sigma`.
 
-    The prediction is `skip * x_t + output scale * network(input scale * x_t)`; the network's target has unit variance at
-    every noise level.
+    The prediction is `skip * x_t + output scale * network(input scale * x_t)`; the network's target has unit variance
+    at every noise level.
     """
     keep, total = 1 - t, ((1 - t) * sigma) ** 2 + t**2
     return keep * sigma**2 / total, total.rsqrt(), sigma * t * total.rsqrt()

@@ -5,6 +5,7 @@ T frames in all, B sequences, F frames of a sequence, N tokens, C channels of a 
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -18,7 +19,10 @@ class Episodes:
     """All episodes of the shards `name-*.safetensors` in a folder, kept as uint8.
 
     Attributes:
-        frames: uint8 [T, height, width, 3]; actions: int64 [T]; bounds: (start, end) of each episode; seeds: of each episode.
+        frames: uint8 [T, height, width, 3].
+        actions: int64 [T].
+        bounds: (start, end) of each episode.
+        seeds: of each episode.
     """
 
     def __init__(self, folder: Path | str, name: str = "train", device: torch.device | str = "cpu") -> None:
@@ -42,7 +46,7 @@ class Episodes:
                 self.frames[offset : offset + shape[0]].copy_(file.get_tensor("frames"))
                 self.actions[offset : offset + shape[0]].copy_(file.get_tensor("actions"))
                 starts = (file.get_tensor("starts") + offset).tolist()
-                self.bounds += list(zip(starts[:-1], starts[1:], strict=True))
+                self.bounds += list(itertools.pairwise(starts))
                 self.seeds += file.get_tensor("seeds").tolist()
             offset += shape[0]
 

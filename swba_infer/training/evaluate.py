@@ -1,7 +1,7 @@
 """Measure a trained world on held-out episodes and draw contact sheets.
 
-Next frame: the model continues real history by one frame at a time, against copying the last frame. Rollouts: many streams
-at once run on their own pictures, half with the actions of the held-out episodes, half with random turns.
+Next frame: the model continues real history by one frame at a time, against copying the last frame. Rollouts: many
+streams at once run on their own pictures, half with the actions of the held-out episodes, half with random turns.
 
 L lanes, F frames, T frames of a rollout.
 """
@@ -9,6 +9,7 @@ L lanes, F frames, T frames of a rollout.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -70,7 +71,7 @@ class World:
     def _draw(self, actions: Tensor) -> Tensor:
         x = self._noise(0)
         times = self.sampler.times()
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in itertools.pairwise(times):
             clean = self.engine.step(x.to(self.weight.dtype), commit=False, timestep=t, action=actions).float()
             x = self.sampler.advance(x, clean, t, s)
         return x.clamp(-1, 1)
@@ -83,7 +84,9 @@ class World:
 
     def _noise(self, step: int, frames: int = 1) -> Tensor:
         shape = (frames * self.size.tokens_per_frame, self.size.token_channels)
-        lanes = [self.sampler.noise(self.seed, i, self.block, step, shape, self.weight.device) for i in range(self.lanes)]
+        lanes = [
+            self.sampler.noise(self.seed, i, self.block, step, shape, self.weight.device) for i in range(self.lanes)
+        ]
         return torch.stack(lanes)
 
     def _soil(self, tokens: Tensor, step: int) -> Tensor:
@@ -107,7 +110,9 @@ def history(episodes: Episodes, lanes: int, context: int, length: int) -> tuple[
         start, end = fits[lane % len(fits)]
         turns = -(-lanes // len(fits))
         starts.append(start + (end - start - need) * (lane // len(fits)) // max(1, turns - 1 or 1))
-    index = torch.tensor(starts, device=episodes.frames.device)[:, None] + torch.arange(need, device=episodes.frames.device)
+    index = torch.tensor(starts, device=episodes.frames.device)[:, None] + torch.arange(
+        need, device=episodes.frames.device
+    )
     return episodes.frames[index], episodes.actions[index]
 
 
@@ -323,9 +328,13 @@ class Evaluation:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the evaluation's options."""
-    parser.add_argument("--model", type=Path, default=Path("runs/world/model"), help="model directory (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=Path, default=Path("runs/world/model"), help="model directory (default: %(default)s)"
+    )
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="recorded episodes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/world/eval"), help="folder for results (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/world/eval"), help="folder for results (default: %(default)s)"
+    )
     parser.add_argument("--lanes", type=int, default=16, help="streams side by side (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=1000, help="frames of the long rollout (default: %(default)s)")
     parser.add_argument("--context", type=int, default=16, help="real frames before it (default: %(default)s)")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,8 +26,6 @@ from .loss import flow_loss
 from .optim import Average, build_optimizers
 from .record import ACTIONS
 from .state import load_state, save_state
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -50,9 +47,11 @@ class Trainer:
         self.average = Average(self.model, config.ema)
         self.optimizers = build_optimizers(self.model, config.muon_lr, config.adam_lr)
         self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.resumed = 0, 0.0, resume
         if resume:
-            numbers = load_state(self.out / "state.safetensors", self.model, self.optimizers, self.average, self.generator)
+            numbers = load_state(
+                self.out / "state.safetensors", self.model, self.optimizers, self.average, self.generator
+            )
             self.step, self.seconds = numbers["step"], numbers["seconds"]
         if config.compile:
             self._compile()
@@ -111,8 +110,14 @@ class Trainer:
         self.step += 1
         return {**{name: value.detach() for name, value in losses._asdict().items()}, "gradient": norm}
 
-    def run(self, *, log_every: int = 20, save_every_minutes: float = 3.0, quiet: bool = False) -> dict[str, Any]:
-        """Train to the end and write the outcome; return what train.json holds."""
+    def run(
+        self, *, session: float | None = None, log_every: int = 20, save_every: float = 3.0, quiet: bool = False
+    ) -> dict[str, Any]:
+        """Train to the end, or for `session` minutes, and write the outcome; return what train.json holds.
+
+        The state is also saved every `save_every` minutes. A run that stopped early goes on with `resume`; what it
+        left is a model in the middle of its schedule.
+        """
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         started = time.perf_counter()
@@ -120,6 +125,7 @@ class Trainer:
         self._wait()
         warm_seconds = time.perf_counter() - started
         begin, saved = time.perf_counter() - self.seconds, self.seconds
+        stop = self.seconds + 60 * session if session else float("inf")
         columns = (
             TextColumn("train"),
             BarColumn(),
@@ -128,22 +134,29 @@ class Trainer:
             TimeRemainingColumn(),
         )
         with (
-            (self.out / "log.jsonl").open("a") as log,
+            (self.out / "log.jsonl").open("a" if self.resumed else "w") as log,
             Progress(*columns, disable=quiet, refresh_per_second=0.5) as bar,
         ):
             task = bar.add_task("train", total=1.0, step=0, loss=float("nan"), rate=0.0)
             first, mark = self.step, time.perf_counter()
-            while self.progress < 1:
+            while self.progress < 1 and self.seconds < stop:
                 values = self.advance()
                 if self.step % log_every == 0 or self.progress >= 1:
                     line = {name: round(float(value), 6) for name, value in values.items()}
                     self.seconds = time.perf_counter() - begin
                     rate = (self.step - first) / max(1e-9, time.perf_counter() - mark)
-                    line = {"step": self.step, "seconds": round(self.seconds, 2), **line, "steps_per_second": round(rate, 2)}
+                    line = {
+                        "step": self.step,
+                        "seconds": round(self.seconds, 2),
+                        **line,
+                        "steps_per_second": round(rate, 2),
+                    }
                     log.write(json.dumps(line) + "\n")
                     log.flush()
+                    if not quiet and not bar.console.is_terminal and self.step % (25 * log_every) == 0:
+                        print(json.dumps(line), flush=True)
                     bar.update(task, completed=self.progress, step=self.step, loss=line["loss"], rate=rate)
-                    if self.seconds - saved > 60 * save_every_minutes:
+                    if self.seconds - saved > 60 * save_every:
                         self.save()
                         saved = self.seconds
                 self.seconds = time.perf_counter() - begin
@@ -158,9 +171,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state from which the run can go on."""
         numbers = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict()}
-        save_state(
-            self.out / "state.safetensors", self.model, self.optimizers, self.average, self.generator, numbers
-        )
+        save_state(self.out / "state.safetensors", self.model, self.optimizers, self.average, self.generator, numbers)
 
     def finish(self, warm_seconds: float) -> dict[str, Any]:
         """Write the model directory, the state, train.json and loss.png."""
@@ -176,7 +187,9 @@ class Trainer:
             "training_episodes": len(self.windows.episodes.bounds),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
-            "peak_gigabytes": round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.device.type == "cuda" else None,
+            "peak_gigabytes": round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            if self.device.type == "cuda"
+            else None,
         }
         with replacing(self.out / "train.json") as path:
             path.write_text(json.dumps(summary, indent=2) + "\n")
@@ -223,8 +236,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the trainer's options."""
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="recorded episodes (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/world"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="world", help="configuration (default: %(default)s)")
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), default="world", help="configuration (default: %(default)s)"
+    )
     parser.add_argument("--minutes", type=float, default=None, help="wall-clock limit of the training itself")
+    parser.add_argument("--session", type=float, default=None, help="stop after these minutes; --resume goes on")
     parser.add_argument("--steps", type=int, default=None, help="optimiser steps")
     parser.add_argument("--batch", type=int, default=None, help="sequences of a step")
     parser.add_argument("--muon-lr", type=float, default=None, help="peak learning rate of the hidden matrices")
@@ -245,6 +261,7 @@ def run(args: argparse.Namespace) -> int:
         config = preset(args.preset, **changes, compile=False)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     started = time.perf_counter()
     episodes = Episodes(args.data, "train", device)
     print(
@@ -252,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
         f"({time.perf_counter() - started:.1f} s)",
         flush=True,
     )
-    summary = Trainer(config, episodes, args.out, resume=args.resume).run()
+    summary = Trainer(config, episodes, args.out, resume=args.resume).run(session=args.session)
     print(f"{summary['steps']} steps in {summary['seconds']} s, {summary['parameters']} parameters: {args.out}")
     return 0
 

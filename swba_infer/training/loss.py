@@ -24,7 +24,7 @@ class LossConfig:
     """How sequences are made noisy and what the errors weigh.
 
     Args:
-        noisy_low, noisy_high: each sequence draws its share of noisy frames between these; its last frame is always noisy.
+        noisy_low, noisy_high: each sequence draws its share of noisy frames between these; its last is always noisy.
         all_noisy: share of sequences whose frames are all noisy.
         pure: share of the noisy frames that are pure noise, where sampling starts.
         shift: of the other noise levels, as in `FlowSampler`.

@@ -20,7 +20,7 @@ ZOOMS = (1.0, 1.05, 1.1, 1.18, 1.3)
 
 
 class Motion(NamedTuple):
-    """Horizontal shift of the picture in columns of equal angle, positive to the right, and how much texture it rests on."""
+    """Sideways shift of the picture in columns of equal angle, positive to the right, and the texture it rests on."""
 
     shift: Tensor
     texture: Tensor
@@ -125,7 +125,9 @@ def histogram(frames: Tensor, bins: int = 32) -> Tensor:
 
 def thumbnails(frames: Tensor) -> Tensor:
     """Return frames [T, H, W, 3] as float32 pictures of 12 x 9 pixels, flattened, in [0, 1]."""
-    small = [F.adaptive_avg_pool2d(part.permute(0, 3, 1, 2).float() / 255, (9, 12)).flatten(1) for part in frames.split(1024)]
+    small = [
+        F.adaptive_avg_pool2d(part.permute(0, 3, 1, 2).float() / 255, (9, 12)).flatten(1) for part in frames.split(1024)
+    ]
     return torch.cat(small)
 
 

@@ -15,7 +15,10 @@ from ..models.video_dit import VideoDiT
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Push the singular values of matrices [..., m, n] towards 1 by a quintic Newton-Schulz iteration, in bfloat16 on a GPU."""
+    """Push the singular values of matrices [..., m, n] towards 1 by a quintic Newton-Schulz iteration.
+
+    It runs in bfloat16 on a GPU and in float32 elsewhere.
+    """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
@@ -29,7 +32,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised; matrices [m, n] only.
 
-    The matrices of a group with `parts` > 1 are that many stacked by rows (q, k, v; gate, up), each orthogonalised alone.
+    The matrices of a group with `parts` > 1 are that many stacked by rows (q, k, v; gate, up), each
+    orthogonalised alone.
     """
 
     def __init__(self, matrices: Iterable[Any], lr: float = 4e-3, momentum: float = 0.95) -> None:

@@ -1,7 +1,7 @@
 """Record first-person gameplay with ViZDoom: frames, and the action that led to each.
 
-Frame t is the picture AFTER action t: a model that is to draw frame t knows the frames before it and action t. Frame 0 of an
-episode follows one no-op, so its action is 0 as well.
+Frame t is the picture AFTER action t: a model that is to draw frame t knows the frames before it and action t. Frame 0
+of an episode follows one no-op, so its action is 0 as well.
 
 Everything is keyed by the episode's seed (spawn point, walk), so the same seeds give the same pictures, in however many
 processes. Seeds from `HELD_OUT_SEED` on are never used for training.
@@ -36,8 +36,8 @@ class RecordConfig:
 
     Args:
         scenario: name of a scenario in the ViZDoom wheel.
-        width, height: size of the recorded frames in pixels; the screen is drawn at 320x240 and reduced by area, which spares the
-            model the flicker of unfiltered textures.
+        width, height: size of the recorded frames in pixels; the screen is drawn at 320x240 and reduced by area, which
+            spares the model the flicker of unfiltered textures.
         frame_skip: game tics (1/35 s) per frame; the action is held for all of them.
         turn_degrees: degrees a turning action turns per tic.
         frames: frames of an episode; an episode that reaches the goal before is shorter.
@@ -183,7 +183,9 @@ def record_shard(path: str, config: RecordConfig, seeds: list[int], scratch: str
     return int(starts[-1])
 
 
-def shards(out: Path, config: RecordConfig, episodes: int, held_out: int, per_shard: int) -> Iterator[tuple[str, list[int]]]:
+def shards(
+    out: Path, config: RecordConfig, episodes: int, held_out: int, per_shard: int
+) -> Iterator[tuple[str, list[int]]]:
     """Yield the (path, seeds) of each file: `train-*.safetensors`, `held-*.safetensors`."""
     for name, first, count in (("train", 0, episodes), ("held", HELD_OUT_SEED, held_out)):
         for index, start in enumerate(range(0, count, per_shard)):
@@ -215,7 +217,13 @@ def record(
     workers = workers or os.cpu_count() or 1
     work = list(shards(out, config, episodes, held_out, per_shard))
     start, frames = time.perf_counter(), {"train": 0, "held": 0}
-    columns = (TextColumn("record"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[fps]:.0f} frames/s"))
+    columns = (
+        TextColumn("record"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[fps]:.0f} frames/s"),
+    )
     with (
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
@@ -248,7 +256,9 @@ def record(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recorder's options."""
-    parser.add_argument("--out", type=Path, default=Path("runs/data"), help="folder for the shards (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/data"), help="folder for the shards (default: %(default)s)"
+    )
     parser.add_argument("--episodes", type=int, default=64, help="training episodes (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=8, help="held-out episodes (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=600, help="frames of an episode (default: %(default)s)")
@@ -269,7 +279,9 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recorder from the command line."""
-    parser = argparse.ArgumentParser("swba-infer record", description="Record gameplay with ViZDoom, without a window or a network.")
+    parser = argparse.ArgumentParser(
+        "swba-infer record", description="Record gameplay with ViZDoom, without a window or a network."
+    )
     add_arguments(parser)
     return run(parser.parse_args(argv))
 

@@ -32,7 +32,9 @@ def test_scores_depend_on_the_distance_only():
 def test_rotation_keeps_lengths_and_pairs_are_interleaved():
     x = torch.tensor([1.0, 0.0, 0.0, 1.0])
     turn = torch.tensor([math.pi / 2, 0.0])
-    torch.testing.assert_close(apply_rope(x, turn.cos(), turn.sin()), torch.tensor([0.0, 1.0, 0.0, 1.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        apply_rope(x, turn.cos(), turn.sin()), torch.tensor([0.0, 1.0, 0.0, 1.0]), atol=1e-6, rtol=0
+    )
 
 
 def test_each_axis_owns_its_slice():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_a_perfect_model_is_sampled_exactly():
     sampler, clean = FlowSampler(steps=3), torch.randn(6)
     x = sampler.noise(0, 0, 0, 0, (6,))
     start, times = x, sampler.times()
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         torch.testing.assert_close(x, (1 - t) * clean + t * start)
         x = sampler.advance(x, clean, t, s)
     assert torch.equal(x, clean)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swba_infer.config import StreamConfig
 from swba_infer.context import FullSequence
 from swba_infer.engine import StreamingEngine
-from swba_infer.config import StreamConfig
 from swba_infer.errors import ConfigError
 from swba_infer.models.video_dit import VideoDiT, VideoDiTConfig, patchify, preconditioning, unpatchify
 

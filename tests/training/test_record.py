@@ -44,8 +44,9 @@ def test_other_seeds_give_other_episodes(game):
 
 
 def test_a_frame_shows_the_result_of_its_own_action(game):
-    from swba_infer.training.metrics import horizontal_motion
     import torch
+
+    from swba_infer.training.metrics import horizontal_motion
 
     shifts = {LEFT: [], RIGHT: []}
     for seed in range(6):
