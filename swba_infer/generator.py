@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .checkpoint import load_model, parse_part, resolve_directory
 from .config import StreamConfig
+from .device import pick_device
 from .engine import StreamingEngine
 from .errors import CheckpointError, ConfigError, NumericsError
-from .models.video_dit import VideoDiT, patchify, unpatchify
+from .models.video_dit import VideoDiT, compile_layers, patchify, unpatchify
 from .sampling import FlowSampler
 
 DEFAULT_FPS = 12.0
@@ -96,7 +97,7 @@ class VideoGenerator:
             ConfigError: no such model, or a config that does not describe one.
             CheckpointError: damaged or contradictory weights.
         """
-        device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device(device)
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
         model, stream, config = load_model(resolve_directory(name_or_dir), dtype, device)
@@ -106,7 +107,7 @@ class VideoGenerator:
         given = {"steps": steps, "context_noise": context_noise}
         sampler = replace(sampler, **{name: value for name, value in given.items() if value is not None})
         if compile:
-            model.compile_layers()
+            compile_layers(model)
         return cls(
             model,
             stream,

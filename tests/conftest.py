@@ -23,3 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="ahead-of-time compiles need TRITON_INTERPRET unset"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a small world with random weights: 32 x 24 pixels, 12 tokens a frame, 4 actions."""
+    from tiny_world import save_tiny_world
+
+    return save_tiny_world(tmp_path_factory.mktemp("worlds") / "tiny")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import pick_device
 from ..errors import ConfigError
 from ..files import check_writable
 from . import peers
@@ -44,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="JSON to write; the plot goes beside it as .png")
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the benchmark; return 1 if one of our own variants fails its gate."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     shapes = select(args.shapes or ("all" if device.type == "cuda" else "tiny"))
     out = check_writable(args.out) if args.out else None
-    report = {**header(device, argv), "method": METHOD, "rulers": rulers(device), "results": [], "skipped": []}
+    report = {**header(device, args.argv), "method": METHOD, "rulers": rulers(device), "results": [], "skipped": []}
     print(f"{report['device']}: " + ", ".join(f"{k} {v:.4g}" for k, v in report["rulers"].items()))
     for shape in shapes:
         measure(shape, device, _wanted(args.peers, shape), args.impl, args.budget, report)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checkpoint import save_model
 from ..context import FullSequence
 from ..files import replacing
-from ..models.video_dit import VideoDiT
+from ..models.video_dit import VideoDiT, compile_layers
 from .config import PRESETS, TrainConfig, preset
 from .data import Episodes, Windows
 from .loss import flow_loss
@@ -54,16 +54,7 @@ class Trainer:
             )
             self.step, self.seconds = numbers["step"], numbers["seconds"]
         if config.compile:
-            self._compile()
-
-    def _compile(self) -> None:
-        """Compile the layers' halves around attention: one graph each for all layers, with and without gradients."""
-        torch._dynamo.config.recompile_limit = 64
-        for block in self.model.blocks:
-            block.project = torch.compile(block.project, dynamic=False)
-            block.absorb = torch.compile(block.absorb, dynamic=False)
-        self.model._stem = torch.compile(self.model._stem, dynamic=False)
-        self.model._head = torch.compile(self.model._head, dynamic=False)
+            compile_layers(self.model)
 
     def predict(self, tokens: Tensor, t: Tensor, actions: Tensor) -> Tensor:
         """Run the model over whole sequences."""
