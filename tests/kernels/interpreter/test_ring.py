@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import SMALL, Case, check_ring_write
+
 from swba_kernels import BlockWindow, reference
 
 pytest.importorskip("triton")
