@@ -8,11 +8,12 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-import swba_kernels
 import torch
-from swba_kernels import BlockWindow, reference
 from tolerance import assert_close, assert_lse_close
 from torch import Tensor
+
+import swba_kernels
+from swba_kernels import BlockWindow, reference
 
 
 class Case(NamedTuple):
@@ -69,7 +70,7 @@ class RingCase(NamedTuple):
 
 
 def ring_case(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, spare: int = 0) -> RingCase:
-    """Draw new tokens, and histories of random lengths in random lanes of rings with `spare` slots beyond the window."""
+    """Draw new tokens on histories of random lengths, in random lanes of rings with `spare` slots beyond the window."""
     rng = random.Random(seed)
     q, k, v = qkv(case, dtype, device, seed)
     lanes = case.batch + 2

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from . import ops as ops
-from .choice import resolve
+from .choice import MAX_HEAD_DIM, resolve
 from .pattern import BlockWindow
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_HEAD_DIM = 256
 
 
 def block_window_attention(
@@ -222,8 +221,8 @@ def _check_tensor(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on cpu or cuda, got {x.device}")
     if x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] < 1:
         raise ValueError(f"{name}: expected at least one row, head and token, got shape {tuple(x.shape)}")
-    if x.shape[3] < 8 or x.shape[3] > _MAX_HEAD_DIM or x.shape[3] % 8 != 0:
-        raise ValueError(f"{name}: expected a head dim that is a multiple of 8 up to {_MAX_HEAD_DIM}, got {x.shape[3]}")
+    if x.shape[3] < 8 or x.shape[3] > MAX_HEAD_DIM or x.shape[3] % 8 != 0:
+        raise ValueError(f"{name}: expected a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {x.shape[3]}")
 
 
 def _check_like(name: str, x: Tensor, other: str, y: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _LOG = logging.getLogger("swba_kernels")
+MAX_HEAD_DIM = 256
 _OPS = ("forward", "prefill", "decode", "ring_write")
 
 # GPUs (a part of the device name) on which torch's own attention is faster for a full ring, as measured: name ->
@@ -30,16 +31,19 @@ def choose_impl(device: torch.device | str, dtype: torch.dtype, head_dim: int, o
     """Return what `impl="auto"` runs for a device, dtype and head dim; logged once at DEBUG per decision.
 
     Args:
+        head_dim: a multiple of 8 up to 256; both implementations serve them all.
         op: "forward" (and its gradient), "prefill", "decode" or "ring_write".
     """
+    if head_dim < 8 or head_dim > MAX_HEAD_DIM or head_dim % 8 != 0:
+        raise ValueError(f"head_dim: expected a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
     device = torch.device(device)
-    return _choose(device.type, device.index, dtype, head_dim, op)
+    return _choose(device.type, device.index, dtype, op)
 
 
 @cache
-def _choose(device: str, index: int | None, dtype: torch.dtype, head_dim: int, op: str) -> Choice:
+def _choose(device: str, index: int | None, dtype: torch.dtype, op: str) -> Choice:
     obstacle = _triton_obstacle(device, index, dtype)
     if device == "cpu":
         choice = Choice("sdpa", "tensors on a CPU")
@@ -47,7 +51,7 @@ def _choose(device: str, index: int | None, dtype: torch.dtype, head_dim: int, o
         choice = Choice("sdpa", f"no Triton kernels here: {obstacle}")
     else:
         choice = Choice("triton", f"Triton kernels serve {torch.cuda.get_device_name(index)}")
-    _LOG.debug("%s on %s, %s, head dim %d: %s (%s)", op, device, dtype, head_dim, choice.name, choice.reason)
+    _LOG.debug("%s on %s, %s: %s (%s)", op, device, dtype, choice.name, choice.reason)
     return choice
 
 
@@ -74,9 +78,9 @@ def _prefers_torch(index: int | None, tokens: int) -> bool:
     return any(part in name and tokens >= least for part, least in _TORCH_DECODE.items())
 
 
-def _resolve(impl: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int, op: str) -> str:
+def _resolve(impl: str, device: str, index: int | None, dtype: torch.dtype, op: str) -> str:
     if impl == "auto":
-        return _choose(device, index, dtype, head_dim, op).name
+        return _choose(device, index, dtype, op).name
     if impl not in ("triton", "sdpa"):
         raise ValueError(f"impl: expected 'auto', 'triton' or 'sdpa', got {impl!r}")
     obstacle = _triton_obstacle(device, index, dtype) if impl == "triton" else None
@@ -95,7 +99,7 @@ def resolve(impl: str, x: Tensor, op: str, *, full: bool = False) -> str:
     Raises:
         ValueError: `impl` is unknown or cannot run.
     """
-    name = _resolve(impl, x.device.type, x.device.index, x.dtype, int(x.shape[3]), op)
+    name = _resolve(impl, x.device.type, x.device.index, x.dtype, op)
     if full and impl == "auto" and name == "triton" and _TORCH_DECODE and _prefers_torch(x.device.index, x.shape[2]):
         return "sdpa"
     return name

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import swba_kernels
 import torch
-from swba_kernels import BlockWindow, reference
 from tolerance import assert_close
+
+import swba_kernels
+from swba_kernels import BlockWindow, reference
 
 
 def naive(q, k, v, bs: int, ws: int, sm_scale: float):

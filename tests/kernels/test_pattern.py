@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from swba_kernels import BlockWindow
 from swba_kernels.reference import ring_layout, visible_mask
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from kernel_cases import SMALL, Case, qkv, ring_case
+
 from swba_kernels import BlockWindow, reference
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import swba_kernels
 import torch
 from kernel_cases import (
     SMALL,
@@ -14,6 +13,8 @@ from kernel_cases import (
     qkv,
     ring_case,
 )
+
+import swba_kernels
 from swba_kernels import BlockWindow, reference, sdpa
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

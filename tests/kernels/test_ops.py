@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import ring_case
+from ops_cases import CASE, op_samples
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import swba_kernels
+from swba_kernels import BlockWindow
+
+SAMPLES = list(op_samples("sdpa", torch.float32, "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("op", "arguments"), SAMPLES, ids=[f"{i}-{op._name}" for i, (op, _) in enumerate(SAMPLES)])
+def test_opcheck(op, arguments) -> None:
+    torch.library.opcheck(op, arguments)
+
+
+def draw(n: int, requires_grad: bool = True) -> list[torch.Tensor]:
+    return [torch.randn(2, n, 2, 16).transpose(1, 2).requires_grad_(requires_grad) for _ in range(3)]
+
+
+def test_forward_and_backward_compile_without_a_graph_break() -> None:
+    pattern = BlockWindow(5, 13, 4, 2)
+
+    def loss(q, k, v):
+        out, lse = swba_kernels.block_window_attention(q * 2, k, v, pattern, return_lse=True)
+        return (out.sin().sum() + lse.sum()), out
+
+    inputs = draw(23)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        value, out = function(*inputs)
+        results.append((value, out, *torch.autograd.grad(value, inputs)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inductor_compiles_the_op() -> None:
+    pattern = BlockWindow(5, 13)
+    inputs = draw(20)
+
+    def call(*x):
+        return swba_kernels.block_window_attention(*x, pattern).transpose(1, 2).reshape(2, -1, 32)
+
+    compiled = torch.compile(call, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), call(*inputs))
+
+
+def test_a_streaming_step_compiles_without_a_graph_break() -> None:
+    rows = ring_case(CASE, torch.float32)
+    q, k, v, _, _, position, lanes = rows
+    start = [x.nan_to_num(0.5) for x in (rows.k_ring, rows.v_ring)]
+    pattern = CASE.pattern
+
+    def step(q, k, v, k_ring, v_ring, position, lanes):
+        ahead = swba_kernels.prefill_attention(q, k, v, pattern, k_ring, v_ring, position, lanes=lanes)
+        swba_kernels.ring_write(k_ring, v_ring, k, v, position, sink=pattern.sink, lanes=lanes)
+        valid = (position + q.shape[2]).clamp(max=k_ring.shape[2])
+        return ahead, swba_kernels.window_decode_attention(q[:, :, :5], k_ring, v_ring, valid, lanes=lanes)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        rings = [x.clone() for x in start]
+        results.append((*function(q, k, v, *rings, position, lanes), *rings))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def count_compiles(sizes: list[tuple[int, int, int]], **options: object) -> list[int]:
+    """Return how often Dynamo has compiled after each (N, block size, window)."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter, **options)
+    def call(q, k, v, pattern):
+        return swba_kernels.block_window_attention(q, k, v, pattern)
+
+    counts = []
+    for n, block_size, window in sizes:
+        inputs = draw(n)
+        pattern = BlockWindow(block_size, window)
+        out = call(*inputs, pattern)
+        torch.testing.assert_close(out, swba_kernels.block_window_attention(*inputs, pattern))
+        out.sum().backward()
+        counts.append(counter.frame_count)
+    return counts
+
+
+def test_a_new_length_block_size_and_window_recompile_once() -> None:
+    assert count_compiles([(20, 4, 8), (33, 5, 11), (47, 6, 20), (21, 4, 30), (64, 9, 12)]) == [1, 2, 2, 2, 2]
+
+
+def test_a_new_length_recompiles_once() -> None:
+    assert count_compiles([(20, 4, 8), (33, 4, 8), (35, 4, 8), (48, 4, 8)]) == [1, 2, 2, 2]
+
+
+def test_dynamic_shapes_never_recompile() -> None:
+    assert count_compiles([(20, 4, 8), (33, 4, 8), (35, 5, 8), (35, 5, 30), (48, 7, 9)], dynamic=True) == [1] * 5
+
+
+def test_the_original_call_recompiles_once() -> None:
+    counter = CompileCounterWithBackend("eager")
+    call = torch.compile(swba_kernels.attention, fullgraph=True, backend=counter)
+    for n, bs, ws in ((20, 4, 3), (33, 5, 4), (35, 6, 7), (64, 9, 2)):
+        call(*draw(n, False), bs, ws, 0.3)
+    assert counter.frame_count == 2
+
+
+def test_the_log_sum_exp_carries_no_gradient() -> None:
+    q, k, v = draw(9)
+    out, lse = swba_kernels.block_window_attention(q, k, v, BlockWindow(3, 6), return_lse=True)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+def test_results_have_the_layout_of_their_inputs() -> None:
+    q, k, v = draw(9)
+    out = swba_kernels.block_window_attention(q, k, v, BlockWindow(3, 6))
+    assert out.stride() == q.stride()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.stride() for x in grads] == [x.stride() for x in (q, k, v)]
