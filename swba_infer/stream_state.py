@@ -125,6 +125,8 @@ def read_stream(
         found, extra = json.loads(metadata["fingerprint"]), json.loads(metadata["extra"])
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: expected a fingerprint and extra in JSON, got {error!r}") from error
+    if not isinstance(extra, dict):
+        raise CheckpointError(f"{path}: expected extra to be an object, got {extra!r}")
     _compare_fingerprints(path, json.loads(json.dumps(_fingerprint(cache, model))), found)
     names = {"ring.k", "ring.v", "position", "written_end", *(f"state.{name}" for name in state)}
     if set(tensors) != names:
