@@ -1,5 +1,5 @@
-"""A small reference transformer against the attention context, with whatever the engine must carry: grouped-query heads,
-absolute positions, scalar, per-lane and static conditioning, and lane state."""
+"""A small reference transformer against the attention context, with whatever the engine must carry: grouped-query
+heads, absolute positions, scalar, per-lane and static conditioning, and lane state."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ class TinyModel(nn.Module):
     ) -> Tensor:
         x = self.embed(tokens) * (-1 if flip else 1)
         for given in (shift, action):
-            given = torch.as_tensor(given, device=x.device).to(x.dtype)
-            x = x + (given.reshape(-1, 1, 1) if given.dim() else given) * 0.1
+            if isinstance(given, Tensor):
+                given = given.to(x.dtype).reshape(-1, 1, 1)
+            x = x + given * 0.1
         if "prompt" in context.state:
             x = x + context.state["prompt"][:, None]
         for layer in range(self.layers):

@@ -1,4 +1,4 @@
-"""Streaming equals training: decode through the ring is full attention, for the bare cache and through a whole model."""
+"""Streaming equals training: decode through the ring is full attention, for the bare cache and for a whole model."""
 
 from __future__ import annotations
 

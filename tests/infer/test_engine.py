@@ -45,11 +45,9 @@ def test_a_model_that_fails_in_any_layer_leaves_the_stream_as_it_was(call, layer
         twin.reset()
     tokens = draw(2 if lanes is None else 1, 8, 3)
     engine.model.fail_in = layer
+    options = {} if call == "prefill" else {"commit": call == "step"}
     with pytest.raises(RuntimeError, match=f"layer {layer} fails"):
-        if call == "prefill":
-            engine.prefill(tokens, lanes=lanes)
-        else:
-            engine.step(tokens, commit=call == "step", lanes=lanes)
+        (engine.prefill if call == "prefill" else engine.step)(tokens, lanes=lanes, **options)
     engine.model.fail_in = None
     assert_same_future(engine, twin)
 
