@@ -39,6 +39,13 @@ class LoadedModel(NamedTuple):
     config: dict[str, Any]
 
 
+class RecordedContext(NamedTuple):
+    """Frames, uint8 [F, H, W, 3], and the action before each, int64 [F]."""
+
+    frames: torch.Tensor
+    actions: torch.Tensor
+
+
 def resolve_directory(name_or_dir: str | os.PathLike[str]) -> Path:
     """Return the directory of a shipped model's name ("freedoom") or of a path; raise ConfigError if there is none."""
     path = Path(name_or_dir)
@@ -132,6 +139,17 @@ def load_model(
     return LoadedModel(model.eval(), stream, config)
 
 
+def load_context(name_or_dir: str | os.PathLike[str]) -> RecordedContext:
+    """Read the recorded frames that ship with a model: something for a stream to start from."""
+    path = resolve_directory(name_or_dir) / "context.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"context: expected recorded frames in {path}, which this model does not have")
+    tensors = read_tensors(path)
+    if set(tensors) != {"frames", "actions"}:
+        raise CheckpointError(f"{path}: expected the tensors frames and actions, got {sorted(tensors)}")
+    return RecordedContext(tensors["frames"], tensors["actions"])
+
+
 def read_shards(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Read every shard of a directory to CPU; raise CheckpointError naming the file that is missing or damaged."""
     tensors: dict[str, torch.Tensor] = {}
@@ -202,6 +220,11 @@ def _check_config(config: Any, where: str) -> None:
         raise ConfigError(f"{where}: expected architecture 'video_dit', got {config['architecture']!r}")
     if config["dtype"] not in _DTYPES:
         raise ConfigError(f"{where}: expected dtype to be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
+    actions, fps = config.get("actions", []), config.get("fps", 1)
+    if not isinstance(actions, list) or not all(isinstance(name, str) for name in actions):
+        raise ConfigError(f"{where}: expected actions to be a list of names, got {actions!r}")
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not fps > 0:
+        raise ConfigError(f"{where}: expected fps above 0, got {fps!r}")
 
 
 def _build(config: dict[str, Any]) -> torch.nn.Module:

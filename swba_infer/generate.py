@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from .actions import read_actions
 from .bench.clock import percentile
-from .checkpoint import read_tensors, resolve_directory
+from .checkpoint import load_context, resolve_directory
 from .errors import ConfigError
 from .files import check_writable
 from .generator import VideoGenerator
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         f"on {engine.device} in {str(engine.dtype)[6:]}, loaded in {time.perf_counter() - started:.1f} s"
     )
 
-    shown = set(np.linspace(0, frames - 1, min(frames, SHEET_FRAMES), dtype=int).tolist())
+    shown = {i * frames // SHEET_FRAMES for i in range(SHEET_FRAMES)}
     kept, labels, milliseconds = [], [], []
     stream = generator.stream(context, context_actions, actions=itertools.cycle(script), frames=frames, seed=args.seed)
     with video:
@@ -114,11 +116,11 @@ def _demo_walk(generator: VideoGenerator) -> list[int]:
 
 def _context(
     args: argparse.Namespace, directory: Path, generator: VideoGenerator
-) -> tuple[np.ndarray | None, list[int] | None]:
+) -> tuple[np.ndarray | Tensor | None, Sequence[int] | Tensor | None]:
     if args.context == "none":
         return None, None
     if args.context == "demo":
-        return demo_context(directory)
+        return load_context(directory)
     frames = read_frames(args.context)
     if args.resize and frames.shape[1:3] != (generator.height, generator.width):
         frames = resize_frames(frames, generator.height, generator.width, args.resize)
@@ -128,14 +130,3 @@ def _context(
             f"got {frames.shape[2]}x{frames.shape[1]}; --resize area resizes them"
         )
     return frames, None
-
-
-def demo_context(directory: Path) -> tuple[np.ndarray | None, list[int] | None]:
-    """Read the recorded frames [F, H, W, 3] and actions that ship with a model."""
-    path = directory / "context.safetensors"
-    if not path.is_file():
-        raise ConfigError(f"context: expected {path} for 'demo', which this model does not have; try --context none")
-    tensors = read_tensors(path)
-    if set(tensors) != {"frames", "actions"}:
-        raise ConfigError(f"{path}: expected the tensors frames and actions, got {sorted(tensors)}")
-    return tensors["frames"].numpy(), tensors["actions"].tolist()

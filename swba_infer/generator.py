@@ -30,8 +30,8 @@ class VideoGenerator:
     """Stream video from an action-conditioned `VideoDiT`.
 
     Each frame is drawn by a few uncommitted engine steps from pure noise to a clean frame, and one committed step that
-    makes the clean frame part of the history. Noise is keyed by (seed, lane, block, denoising step): the same seed on
-    the same device gives the same video, bit for bit.
+    makes the clean frame part of the history. Noise is keyed by (seed, lane, first frame of the block, denoising
+    step): the same seed on the same device gives the same video, bit for bit.
 
     Args:
         model: the transformer, in its final dtype and on its device.
@@ -61,15 +61,15 @@ class VideoGenerator:
                 f"stream: expected {size.tokens_per_frame} tokens per frame, got {stream.tokens_per_frame}"
             )
         self.actions = tuple(actions) or tuple(str(i) for i in range(size.actions))
-        if len(self.actions) != size.actions:
-            raise ConfigError(f"actions: expected {size.actions} names, got {list(self.actions)}")
+        if len(self.actions) != size.actions or len(set(self.actions)) != size.actions:
+            raise ConfigError(f"actions: expected {size.actions} different names, got {list(self.actions)}")
         self.height, self.width, self.fps = size.height, size.width, fps
         self.sampler = sampler or FlowSampler()
         self.engine = StreamingEngine(
             model, stream, lanes=lanes, impl=impl, cuda_graph=cuda_graph, check_finite=check_finite
         )
         self._size, self._stream = size, stream
-        self._seed, self._block = [0] * lanes, [0] * lanes
+        self._seed = [0] * lanes
 
     @classmethod
     def from_pretrained(
@@ -128,7 +128,7 @@ class VideoGenerator:
     def stream(
         self,
         context: np.ndarray | Tensor | None = None,
-        context_actions: Iterable[int | str] | None = None,
+        context_actions: Iterable[int | str] | Tensor | None = None,
         actions: Iterable[int | str] | None = None,
         frames: int | None = None,
         seed: int | None = None,
@@ -158,35 +158,31 @@ class VideoGenerator:
             frames = self._check_index("frames", frames, None)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise ConfigError(f"seed: expected an int, got {seed!r}")
-        if context is not None:
-            context = self._check_context(context)
-            context_actions = self._check_context_actions(context_actions, len(context))
-        elif context_actions is not None:
+        if context is None and context_actions is not None:
             raise ConfigError("context_actions: expected None without context, got a value")
-        return self._run(context, context_actions, actions, frames, seed, lane)
+        start = None
+        if context is not None:
+            tensor = self._check_context(context)
+            start = tensor, self._check_context_actions(context_actions, len(tensor))
+        return self._run(start, actions, frames, seed, lane)
 
     def reset(self, lane: int | None = None) -> None:
         """Make one lane (None: all) an empty stream with seed 0."""
         chosen = range(self.engine.lanes) if lane is None else [self._check_index("lane", lane, self.engine.lanes)]
         self.engine.reset(None if lane is None else [lane])
         for i in chosen:
-            self._seed[i], self._block[i] = 0, 0
+            self._seed[i] = 0
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the stream, its seeds and counters included, atomically; see `StreamingEngine.save`."""
-        counters = {f"seed.{i}": str(seed) for i, seed in enumerate(self._seed)}
-        self.engine.save(path, extra={**counters, **{f"block.{i}": block for i, block in enumerate(self._block)}})
+        """Write the stream and its seeds, atomically; see `StreamingEngine.save`."""
+        self.engine.save(path, extra={f"seed.{i}": str(seed) for i, seed in enumerate(self._seed)})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on with a saved stream, bit-identically; raise CheckpointError if it is not one of this model."""
         before = self.engine.snapshot()
         extra = self.engine.load(path)
-        lanes = range(self.engine.lanes)
         try:
-            self._seed, self._block = (
-                [int(extra[f"seed.{i}"]) for i in lanes],
-                [int(extra[f"block.{i}"]) for i in lanes],
-            )
+            self._seed = [int(extra[f"seed.{i}"]) for i in range(self.engine.lanes)]
         except (KeyError, ValueError) as error:
             self.engine.restore(before)
             raise CheckpointError(f"{path}: expected a stream saved by VideoGenerator, missing {error}") from error
@@ -208,15 +204,14 @@ class VideoGenerator:
 
     def _run(
         self,
-        context: Tensor | None,
-        context_actions: Tensor | None,
+        start: tuple[Tensor, Tensor] | None,
         actions: Iterable[int | str] | None,
         frames: int | None,
         seed: int | None,
         lane: int,
     ) -> Iterator[np.ndarray]:
-        if context is not None and context_actions is not None:
-            self._prefill(context, context_actions, lane)
+        if start is not None:
+            self._prefill(*start, lane, self._seed[lane] if seed is None else seed)
         if seed is not None:
             self._seed[lane] = seed
         source = None if actions is None else iter(actions)
@@ -238,7 +233,7 @@ class VideoGenerator:
         sampler, engine = self.sampler, self.engine
         lanes = None if engine.lanes == 1 else [lane]
         shape = (1, len(actions) * self._stream.tokens_per_frame, self._size.token_channels)
-        key = (self._seed[lane], lane, self._block[lane])
+        key = (self._seed[lane], lane, self.position[lane])
         action = torch.tensor([actions], device=engine.device)
         times = sampler.times()
         x = sampler.noise(*key, 0, shape, engine.device)
@@ -246,27 +241,32 @@ class VideoGenerator:
             for t, s in pairwise(times):
                 clean = engine.step(x, commit=False, lanes=lanes, timestep=t, action=action).float()
                 x = sampler.advance(x, clean, t, s)
-            level = sampler.context_noise
-            kept = torch.lerp(x, sampler.noise(*key, sampler.steps, shape, engine.device), level) if level else x
-            engine.step(kept, lanes=lanes, timestep=level, action=action)
+            x = x.clamp(-1, 1)
+            engine.step(self._blur(x, key, sampler.steps), lanes=lanes, timestep=sampler.context_noise, action=action)
         except NumericsError as error:
             raise NumericsError(f"frame {self.position[lane]}: {error}") from error
-        self._block[lane] += 1
         return unpatchify(x, self.height, self.width, self._size.patch, self._size.channels)[0].cpu().numpy()
 
-    def _prefill(self, context: Tensor, actions: Tensor, lane: int) -> None:
+    def _prefill(self, context: Tensor, actions: Tensor, lane: int, seed: int) -> None:
         """Start a lane afresh from context frames; on failure the lane is as it was."""
         lanes = None if self.engine.lanes == 1 else [lane]
         before = self.engine.snapshot() if self.engine.position[lane] else None
         try:
             self.engine.reset(lanes)
             tokens = patchify(context[None].to(self.engine.device), self._size.patch)
-            self.engine.prefill(tokens, lanes=lanes, timestep=0.0, action=actions[None].to(self.engine.device))
+            tokens = self._blur(tokens, (seed, lane, len(context)), -1)
+            level, actions = self.sampler.context_noise, actions[None].to(self.engine.device)
+            self.engine.prefill(tokens, lanes=lanes, timestep=level, action=actions)
         except BaseException:
             if before is not None:
                 self.engine.restore(before)
             raise
-        self._block[lane] = 0
+
+    def _blur(self, clean: Tensor, key: tuple[int, int, int], step: int) -> Tensor:
+        """Bring clean tokens to the noise level at which this model reads its history."""
+        level = self.sampler.context_noise
+        noise = self.sampler.noise(*key, step, clean.shape, clean.device) if level else clean
+        return torch.lerp(clean, noise, level)
 
     def _block_frames(self, lane: int) -> int:
         if self._stream.first_block_frames and self.engine.position[lane] == 0:
@@ -286,10 +286,11 @@ class VideoGenerator:
             )
         return frames
 
-    def _check_context_actions(self, actions: Iterable[int | str] | None, count: int) -> Tensor:
+    def _check_context_actions(self, actions: Iterable[int | str] | Tensor | None, count: int) -> Tensor:
         if actions is None:
             return torch.full((count,), len(self.actions))
-        indices = [self.action_index(a) for a in (actions.tolist() if hasattr(actions, "tolist") else actions)]
+        plain = actions.tolist() if isinstance(actions, Tensor) else actions
+        indices = [self.action_index(action) for action in plain]
         if len(indices) != count:
             raise ConfigError(f"context_actions: expected {count}, one per context frame, got {len(indices)}")
         return torch.tensor(indices)

@@ -109,7 +109,7 @@ class VideoWriter:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             raise ConfigError(f"frame: expected uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}")
         if self._stream is None:
-            self._open_stream(frame)
+            self._stream = self._open_stream(frame)
         elif frame.shape != self._shape:
             raise ConfigError(f"frame: expected {list(self._shape or ())}, got {list(frame.shape)}")
         frame = np.ascontiguousarray(frame.repeat(self._scale, axis=0).repeat(self._scale, axis=1))
@@ -118,17 +118,18 @@ class VideoWriter:
         self._container.mux(self._stream.encode(picture))
         self.frames += 1
 
-    def _open_stream(self, frame: np.ndarray) -> None:
+    def _open_stream(self, frame: np.ndarray) -> Any:
         height, width = frame.shape[0] * self._scale, frame.shape[1] * self._scale
         if height % 2 or width % 2:
             raise ConfigError(f"frame: expected even height and width after scaling, got {height} x {width}")
         self._shape = frame.shape
-        self._stream = self._container.add_stream("libx264", rate=self._rate)
-        self._stream.width, self._stream.height = width, height
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": str(self._crf), "preset": "medium", "threads": "1"}
-        self._stream.codec_context.thread_count = 1
-        self._stream.codec_context.time_base = 1 / self._rate
+        stream = self._container.add_stream("libx264", rate=self._rate)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(self._crf), "preset": "medium", "threads": "1"}
+        stream.codec_context.thread_count = 1
+        stream.codec_context.time_base = 1 / self._rate
+        return stream
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -149,7 +149,7 @@ def _time(
     report: dict[str, Any],
     shape: Shape,
     which: str,
-    calls: dict[str, tuple[Callable[[], object], int]],
+    calls: Mapping[str, tuple[Callable[[], object], int]],
     errors: Mapping[str, dict[str, float]],
     device: torch.device,
     budget: float,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def as_graph(call: Callable[[], object]) -> tuple[Callable[[], object], int]:
 
 
 def interleave(
-    calls: dict[str, tuple[Callable[[], object], int]], device: torch.device, budget: float = 0.3, rounds: int = 6
+    calls: Mapping[str, tuple[Callable[[], object], int]], device: torch.device, budget: float = 0.3, rounds: int = 6
 ) -> dict[str, Timing]:
     """Time each call for about `budget` seconds, in rounds of alternating order.
 

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from tiny_world import ACTIONS, SIZE, tiny_config, tiny_dit, tiny_stream
 
-from swba_infer.checkpoint import read_config, read_shards, resolve_directory, save_model
+from swba_infer import VideoGenerator
+from swba_infer.checkpoint import load_context, load_model, read_config, read_shards, resolve_directory, save_model
 from swba_infer.errors import CheckpointError, ConfigError
 
 CONFIG = {
@@ -127,6 +129,8 @@ def test_a_duplicate_key_inside_a_header_is_refused(directory):
         ({"architecture": "wan"}, "architecture"),
         ({"dtype": "float8"}, "dtype"),
         ({"model": None}, "missing"),
+        ({"actions": "left"}, "actions"),
+        ({"fps": -1}, "fps"),
     ],
 )
 def test_config_is_read_strictly(directory, change, message):
@@ -154,3 +158,86 @@ def test_unknown_model_names_are_explained(tmp_path, directory):
     for name in (tmp_path, "no-such-model", ".."):
         with pytest.raises(ConfigError, match="model"):
             resolve_directory(name)
+
+
+def test_a_model_loads_as_it_was_saved(tiny_model):
+    model, stream, config = load_model(tiny_model, check_finite=True)
+    assert stream == tiny_stream()
+    assert config["actions"] == list(ACTIONS)
+    expected = tiny_dit().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_loading_converts_and_leaves_the_random_state_alone(tiny_model):
+    before = torch.random.get_rng_state()
+    model = load_model(tiny_model, dtype=torch.bfloat16).model
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def rename(tensors):
+    tensors["surprise"] = tensors.pop("embed.bias")
+
+
+def reshape(tensors):
+    tensors["embed.bias"] = tensors["embed.bias"][:-1].clone()
+
+
+def recast(tensors):
+    tensors["embed.bias"] = tensors["embed.bias"].half()
+
+
+def poison(tensors):
+    tensors["embed.bias"][3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (rename, r"missing.*embed\.bias.*extra.*surprise"),
+        (reshape, r"embed\.bias"),
+        (recast, r"embed\.bias"),
+        (poison, "NaN"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path, damage, message):
+    tensors = tiny_dit().state_dict()
+    save_model(tmp_path / "m", tiny_config(), tensors)
+    damage(tensors)
+    save_file(tensors, tmp_path / "m" / "model-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "m", check_finite=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {**SIZE.to_dict(), "surprise": 1}},
+        {"model": {**SIZE.to_dict(), "dim": "wide"}},
+        {"model": {**SIZE.to_dict(), "heads": 5}},
+        {"model": [1]},
+        {"stream": {"tokens_per_frame": 12}},
+        {"stream": {**tiny_stream().to_dict(), "surprise": 1}},
+        {"sampler": {"steps": 0}},
+        {"sampler": {"surprise": 1}},
+        {"actions": ["left"]},
+        {"actions": ["left", "left", "left", "left"]},
+    ],
+)
+def test_a_config_with_bad_values_is_a_config_error(tmp_path, change):
+    save_model(tmp_path / "m", {**tiny_config(), **change}, tiny_dit().state_dict())
+    with pytest.raises(ConfigError):
+        VideoGenerator.from_pretrained(tmp_path / "m", device="cpu")
+
+
+def test_recorded_context_is_read_and_checked(tiny_model, directory):
+    context = load_context(tiny_model)
+    assert context.frames.dtype == torch.uint8
+    assert len(context.frames) == len(context.actions)
+    with pytest.raises(ConfigError, match=r"context\.safetensors"):
+        load_context(directory)
+    save_file({"frames": torch.zeros(1)}, directory / "context.safetensors")
+    with pytest.raises(CheckpointError, match="actions"):
+        load_context(directory)
