@@ -4,8 +4,8 @@ L lanes, F frames, P tokens of a frame, N = F P tokens, H heads, D head dim, C c
 
 A token is a square patch of pixels, in [-1, 1]. Everything but `context.attend` works inside one frame, so what
 a frame sees of the past is decided by the attention pattern alone. Conditioning enters as adaLN modulation, shared by
-all layers up to a table per layer (adaLN-single, PixArt-alpha); the output is preconditioned as in EDM (Karras et al.
-2022).
+all layers up to a table per layer (adaLN-single, PixArt-alpha). The network's output is the clean frame itself: tokens of
+432 numbers are wider than the model, which could not carry their noise (Li and He 2025, "Back to basics").
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class VideoDiTConfig:
         mlp: hidden width of the gated MLP.
         cell_dim: width of the convolutions before and behind the transformer.
         actions: number of actions; the index `actions` stands for an unknown one.
-        sigma_data: standard deviation of the data that the preconditioning assumes.
     """
 
     height: int = 72
@@ -50,15 +49,10 @@ class VideoDiTConfig:
     mlp: int = 1024
     cell_dim: int = 64
     actions: int = 6
-    sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "sigma_data":
-                if not value > 0:
-                    raise ConfigError(f"sigma_data: expected a positive number, got {value!r}")
-                continue
             low = 0 if field.name == "kv_heads" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{field.name}: expected an int of at least {low}, got {value!r}")
@@ -222,9 +216,7 @@ class VideoDiT(nn.Module):
         lanes, count, _ = tokens.shape
         frames = count // self.config.tokens_per_frame
         t = _per_frame(timestep, lanes, frames).float()
-        skip, scale_in, scale_out = preconditioning(t, self.config.sigma_data)
-
-        detail = self._stem(tokens * scale_in.repeat_interleave(count // frames, 1)[..., None].to(tokens.dtype))
+        detail = self._stem(tokens)
         x = self.embed(self._group(detail)).unflatten(0, (lanes, frames))
         acted = self.action(_per_frame(action, lanes, frames))
         condition = self.time_out(F.silu(self.time_in(_sinusoid(t).to(x.dtype)))) + acted
@@ -239,12 +231,7 @@ class VideoDiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, cos, sin, context, layer)
 
-        out = self._head(x, detail, self.head_modulation(condition))
-        per_token = (lanes, frames, 1, 1)
-        mixed = skip.view(per_token) * tokens.view(lanes, frames, -1, tokens.shape[-1]) + scale_out.view(
-            per_token
-        ) * out.view(lanes, frames, -1, tokens.shape[-1])
-        return mixed.view(lanes, count, -1).to(tokens.dtype)
+        return self._head(x, detail, self.head_modulation(condition)).to(tokens.dtype)
 
     def _stem(self, tokens: Tensor) -> Tensor:
         """Map tokens to cell features [L F, cell_dim, height / 4, width / 4]."""
@@ -280,16 +267,6 @@ def compile_layers(model: VideoDiT) -> None:
         block.absorb = torch.compile(block.absorb, dynamic=False)  # type: ignore[assignment]
     model._stem = torch.compile(model._stem, dynamic=False)  # type: ignore[assignment]
     model._head = torch.compile(model._head, dynamic=False)  # type: ignore[assignment]
-
-
-def preconditioning(t: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return EDM's (skip, input scale, output scale) for x_t = (1 - t) x_0 + t noise and data of deviation `sigma`.
-
-    The prediction is `skip * x_t + output scale * network(input scale * x_t)`; the network's target has unit variance
-    at every noise level.
-    """
-    keep, total = 1 - t, ((1 - t) * sigma) ** 2 + t**2
-    return keep * sigma**2 / total, total.rsqrt(), sigma * t * total.rsqrt()
 
 
 def _per_frame(value: Tensor, lanes: int, frames: int) -> Tensor:

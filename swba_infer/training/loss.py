@@ -33,7 +33,6 @@ class LossConfig:
         action_dropout: share of frames whose action is hidden.
         self_low, self_high: share of the history that self-context replaces, drawn per sequence.
         weight_cap: the largest weight of a squared error; weights are 1 at pure noise and grow as noise falls.
-        sigma_data: deviation of the data, as in the model.
     """
 
     noisy_low: float = 0.1
@@ -46,8 +45,7 @@ class LossConfig:
     action_dropout: float = 0.05
     self_low: float = 0.2
     self_high: float = 0.6
-    weight_cap: float = 5.0
-    sigma_data: float = 0.5
+    weight_cap: float = 4.0
 
 
 class Levels(NamedTuple):
@@ -89,9 +87,8 @@ def add_noise(tokens: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def weights(t: Tensor, config: LossConfig) -> Tensor:
-    """Return the weight of the squared error of x_0 at level t, 1 at pure noise."""
-    total = ((1 - t) * config.sigma_data) ** 2 + t**2
-    return (total / t.clamp(min=1e-3) ** 2).clamp(max=config.weight_cap)
+    """Return the weight 1 / t^2 of the squared error of x_0 at level t, which makes it the error of the flow, capped."""
+    return t.clamp(min=1e-3).square().reciprocal().clamp(max=config.weight_cap)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from swba_infer.config import StreamConfig
 from swba_infer.context import FullSequence
 from swba_infer.engine import StreamingEngine
 from swba_infer.errors import ConfigError
-from swba_infer.models.video_dit import VideoDiT, VideoDiTConfig, patchify, preconditioning, unpatchify
+from swba_infer.models.video_dit import VideoDiT, VideoDiTConfig, patchify, unpatchify
 
 CONFIG = VideoDiTConfig(height=24, width=36, dim=32, depth=2, heads=4, kv_heads=2, mlp=48, cell_dim=8)
 STREAM = StreamConfig(tokens_per_frame=6, frames_per_block=1, window_frames=3)
@@ -91,21 +91,6 @@ def test_scalar_and_per_frame_conditioning_agree(model):
     assert torch.equal(scalar, spread)
 
 
-def test_a_fresh_model_returns_the_preconditioners_guess():
-    torch.manual_seed(0)
-    tokens, t, action = inputs(2)
-    out = full(VideoDiT(CONFIG), tokens, t, action)
-    skip = preconditioning(t, 0.5)[0].repeat_interleave(6, 1)[..., None]
-    torch.testing.assert_close(out, skip * tokens)
-
-
-def test_preconditioning_is_exact_at_the_ends():
-    skip, scale_in, scale_out = preconditioning(torch.tensor([0.0, 1.0]), 0.5)
-    assert skip.tolist() == [1, 0]
-    assert scale_in.tolist() == [2, 1]
-    assert scale_out.tolist() == [0, 0.5]
-
-
 def test_every_parameter_gets_a_gradient(model):
     tokens, t, action = inputs(4)
     full(model, tokens, t, action).square().mean().backward()
@@ -114,7 +99,7 @@ def test_every_parameter_gets_a_gradient(model):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"patch": 10}, {"heads": 5}, {"kv_heads": 4}, {"depth": 0}, {"sigma_data": 0.0}, {"dim": True}],
+    [{"patch": 10}, {"heads": 5}, {"kv_heads": 4}, {"depth": 0}, {"dim": True}],
 )
 def test_bad_sizes_are_named(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -136,8 +136,8 @@ def test_levels_cover_history_and_noise():
 
 def test_weights_are_one_at_pure_noise_and_capped():
     config = LossConfig()
-    w = weights(torch.tensor([1.0, 0.5, 0.02]), config)
-    assert w.tolist() == pytest.approx([1.0, 1.25, 5.0])
+    w = weights(torch.tensor([1.0, 0.75, 0.02]), config)
+    assert w.tolist() == pytest.approx([1.0, 4 / 2.25, 4.0])
 
 
 def test_a_perfect_model_has_no_loss_and_history_brings_none():
