@@ -4,8 +4,8 @@ L lanes, F frames, P tokens of a frame, N = F P tokens, H heads, D head dim, C c
 
 A token is a square patch of pixels, in [-1, 1]. Everything but `context.attend` works inside one frame, so what
 a frame sees of the past is decided by the attention pattern alone. Conditioning enters as adaLN modulation, shared by
-all layers up to a table per layer (adaLN-single, PixArt-alpha). The network's output is the clean frame itself: tokens of
-432 numbers are wider than the model, which could not carry their noise (Li and He 2025, "Back to basics").
+all layers up to a table per layer (adaLN-single, PixArt-alpha). The network's output is the clean frame itself: tokens
+of 432 numbers are wider than the model, which could not carry their noise (Li and He 2025, "Back to basics").
 """
 
 from __future__ import annotations

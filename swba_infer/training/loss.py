@@ -87,7 +87,7 @@ def add_noise(tokens: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def weights(t: Tensor, config: LossConfig) -> Tensor:
-    """Return the weight 1 / t^2 of the squared error of x_0 at level t, which makes it the error of the flow, capped."""
+    """Return the weight of the squared error of x_0 at level t: 1 / t^2, which makes it the flow's error, capped."""
     return t.clamp(min=1e-3).square().reciprocal().clamp(max=config.weight_cap)
 
 

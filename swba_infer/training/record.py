@@ -94,7 +94,7 @@ class Walk:
         self.rng = rng
         self.turning = float(rng.uniform(0.15, 0.45))
         self.caution = float(rng.uniform(0.75, 0.98))
-        self.near = float(rng.uniform(4.0, 13.0))
+        self.near = float(rng.uniform(6.0, 18.0))
         self.action = WAIT
         self.left_over = 0
         self.escaping = False
