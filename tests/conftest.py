@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a small world with random weights: 32 x 24 pixels, 12 tokens a frame, 4 actions."""
+    """Return the directory of a small world with random weights: 32 x 24 pixels, 12 tokens a frame."""
     from tiny_world import save_tiny_world
 
     return save_tiny_world(tmp_path_factory.mktemp("worlds") / "tiny")

@@ -13,7 +13,7 @@ from swba_infer.config import StreamConfig
 from swba_infer.models.video_dit import VideoDiT, VideoDiTConfig
 from swba_infer.sampling import FlowSampler
 
-ACTIONS = ("wait", "forward", "left", "forward_left")
+ACTIONS = ("wait", "forward", "left", "right", "forward_left", "forward_right")
 SIZE = VideoDiTConfig(
     height=24, width=32, patch=8, dim=32, depth=2, heads=2, kv_heads=1, mlp=32, cell_dim=8, actions=len(ACTIONS)
 )
