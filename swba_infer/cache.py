@@ -15,8 +15,8 @@ from torch import Tensor
 import swba_kernels
 
 from .block import Block, BlockTensors, StagedTokens, check_qkv, normalise_lanes, step_tokens
-from .config import StreamConfig
-from .errors import ConfigError, StreamStateError
+from .config import StreamConfig, check_sizes
+from .errors import StreamStateError
 from .snapshot import RingSnapshot
 
 _LANE_INDICES_KEPT = 256
@@ -57,7 +57,7 @@ class RingKVCache:
         device: torch.device | str,
         impl: str = "auto",
     ) -> None:
-        _check_sizes(layers, lanes, kv_heads, head_dim, stream, dtype)
+        check_sizes(layers, lanes, kv_heads, head_dim, stream, dtype)
         self.layers, self.lanes, self.kv_heads, self.head_dim = layers, lanes, kv_heads, head_dim
         self.stream, self.dtype, self.impl = stream, dtype, impl
         self.window, self.sink, self.capacity = stream.window_tokens, stream.sink_tokens, stream.capacity_tokens
@@ -87,7 +87,7 @@ class RingKVCache:
         impl: str = "auto",
     ) -> int:
         """Return what `bytes` will be for a cache with these arguments: its rings and its positions."""
-        _check_sizes(layers, lanes, kv_heads, head_dim, stream, dtype)
+        check_sizes(layers, lanes, kv_heads, head_dim, stream, dtype)
         return 2 * layers * lanes * kv_heads * stream.capacity_tokens * head_dim * dtype.itemsize + 8 * lanes
 
     @property
@@ -323,6 +323,7 @@ class RingKVCache:
         else:
             out = swba_kernels.block_window_attention(q, k, v, self.stream.pattern, impl=self.impl)
             self._write(layer, k, v, start, index)
+        assert isinstance(out, Tensor)
         block.done.add(layer)
         return out
 
@@ -383,17 +384,3 @@ class RingKVCache:
                     f"uncommitted step of that size has overwritten in lane {lane} what a shorter one would see; "
                     f"got {first}"
                 )
-
-
-def _check_sizes(
-    layers: int, lanes: int, kv_heads: int, head_dim: int, stream: StreamConfig, dtype: torch.dtype
-) -> None:
-    for name, value in (("layers", layers), ("lanes", lanes), ("kv_heads", kv_heads), ("head_dim", head_dim)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}: expected an int of at least 1, got {value!r}")
-    if head_dim % 8 or head_dim > 256:
-        raise ConfigError(f"head_dim: expected a multiple of 8 up to 256, got {head_dim}")
-    if not isinstance(stream, StreamConfig):
-        raise ConfigError(f"stream: expected a StreamConfig, got {type(stream).__name__}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"dtype: expected a floating dtype, got {dtype}")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from swba_kernels.pattern import BlockWindow
 
 from .errors import ConfigError
@@ -96,3 +98,18 @@ class StreamConfig:
         if missing:
             raise ConfigError(f"stream: expected the keys {names[:3]}, {missing} missing")
         return cls(**values)
+
+
+def check_sizes(
+    layers: int, lanes: int, kv_heads: int, head_dim: int, stream: StreamConfig, dtype: torch.dtype
+) -> None:
+    """Raise ConfigError unless a ring cache can be made of these sizes."""
+    for name, value in (("layers", layers), ("lanes", lanes), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: expected an int of at least 1, got {value!r}")
+    if head_dim % 8 or head_dim > 256:
+        raise ConfigError(f"head_dim: expected a multiple of 8 up to 256, got {head_dim}")
+    if not isinstance(stream, StreamConfig):
+        raise ConfigError(f"stream: expected a StreamConfig, got {type(stream).__name__}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype: expected a floating dtype, got {dtype}")

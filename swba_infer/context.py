@@ -90,7 +90,9 @@ class FullSequence:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend over the sequence itself; differentiable. `layer` plays no part."""
-        return swba_kernels.block_window_attention(q, k, v, self.pattern, impl=self.impl)
+        out = swba_kernels.block_window_attention(q, k, v, self.pattern, impl=self.impl)
+        assert isinstance(out, Tensor)
+        return out
 
 
 class Streaming:

@@ -68,7 +68,8 @@ class StreamingEngine:
         if missing:
             raise ConfigError(f"model: expected the attributes layers, kv_heads, head_dim, forward; {missing} missing")
         device, dtype = _place(model, device, dtype)
-        self.model, self.stream, self.lanes, self.dtype = model, stream, lanes, dtype
+        self.model: Any = model
+        self.stream, self.lanes, self.dtype = stream, lanes, dtype
         self.check_finite = check_finite
         self.cache = RingKVCache(
             layers=model.layers, lanes=lanes, kv_heads=model.kv_heads, head_dim=model.head_dim,

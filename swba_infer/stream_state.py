@@ -179,8 +179,8 @@ def _compare_fingerprints(path: str | os.PathLike[str], expected: dict[str, Any]
 def _plain_config(config: Any) -> Any:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
-    elif hasattr(config, "to_dict"):
-        config = config.to_dict()
+    elif not isinstance(config, Mapping):
+        config = getattr(config, "to_dict", lambda: None)()
     return json.loads(json.dumps(config, sort_keys=True, default=str)) if isinstance(config, Mapping) else None
 
 

@@ -123,9 +123,7 @@ class RingMachine(RuleBasedStateMachine):
         positions = [self.lanes[i].position for i in chosen]
         if prefill and self.pattern.first_block and min(positions) == 0 < max(positions):
             return True
-        return any(
-            self.lanes[i].position + first < self.lanes[i].written > self.cache.capacity for i in chosen
-        )
+        return any(self.lanes[i].position + first < self.lanes[i].written > self.cache.capacity for i in chosen)
 
     @rule(data=st.data(), prefill=st.booleans(), commit=st.sampled_from([True, True, False]))
     def attend_all_layers(self, data, prefill: bool, commit: bool) -> None:
@@ -188,7 +186,7 @@ class RingMachine(RuleBasedStateMachine):
 
 TestRing = RingMachine.TestCase
 TestRing.settings = settings(
-    max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=120, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 STREAM = StreamConfig(tokens_per_frame=2, frames_per_block=2, window_frames=3, sink_frames=1)
@@ -204,8 +202,6 @@ def filled(lanes: int = 1, tokens: int = 20) -> tuple[RingKVCache, torch.Generat
 
 def run_step(cache: RingKVCache, qkv, lanes=None) -> list[Tensor]:
     return [cache.attend(layer, *x, lanes=lanes) for layer, x in enumerate(qkv)]
-
-
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
