@@ -226,19 +226,24 @@ def _prefill_masked(
 def _ring_write_scatter(
     k_ring: Tensor, v_ring: Tensor, k: Tensor, v: Tensor, position: Tensor, lanes: Tensor | None, sink: int
 ) -> None:
-    n, window = k.shape[2], k_ring.shape[2] - sink
-    recent = max(0, n - window)
-    index = torch.arange(n, device=k.device)
-    index = torch.cat([index[: min(sink, recent)], index[recent:]]).expand(k.shape[0], -1)
-    token = position[:, None] + index
-    # A token that does not survive becomes a second copy of the last one: same slot, same value.
-    index = torch.where((index >= recent) | (token < sink), index, n - 1)
-    token = position[:, None] + index
-    slot = torch.where(token < sink, token, sink + torch.remainder(token - sink, window))
+    index, slot = _scatter_slots(position, k.shape[2], k_ring.shape[2], sink)
     row = torch.arange(k.shape[0], device=k.device)[:, None]
     lane = row if lanes is None else lanes[:, None]
     for ring, new in ((k_ring, k), (v_ring, v)):
         ring.transpose(1, 2)[lane, slot] = new.transpose(1, 2)[row, index]
+
+
+def _scatter_slots(position: Tensor, n: int, capacity: int, sink: int) -> tuple[Tensor, Tensor]:
+    """Return which of a row's n new tokens go into the ring and into which slots, both [B, at most capacity].
+
+    A token that does not survive becomes a second copy of the last one: same slot, same value.
+    """
+    recent = max(0, n - (capacity - sink))
+    index = torch.arange(n, device=position.device)
+    index = torch.cat([index[: min(sink, recent)], index[recent:]]).expand(position.shape[0], -1)
+    index = torch.where((index >= recent) | (position[:, None] + index < sink), index, n - 1)
+    token = position[:, None] + index
+    return index, torch.where(token < sink, token, sink + torch.remainder(token - sink, capacity - sink))
 
 
 def _host_lanes(lanes: Tensor | None, rows: int, ring_lanes: int) -> list[int]:

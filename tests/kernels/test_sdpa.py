@@ -99,6 +99,14 @@ def test_ring_write_equals_writing_token_by_token(case, seed, scatter) -> None:
     check_ring_write(case, torch.float32, write, seed=seed)
 
 
+@pytest.mark.parametrize(("n", "capacity", "sink"), [(3, 10, 0), (10, 7, 2), (30, 9, 5), (4, 9, 8)])
+def test_no_slot_is_written_by_two_tokens(n, capacity, sink) -> None:
+    position = torch.tensor([0, 1, sink, 23])
+    index, slot = sdpa._scatter_slots(position, n, capacity, sink)
+    for tokens, slots in zip(index.tolist(), slot.tolist(), strict=True):
+        assert len(set(slots)) == len(set(tokens)) == len(set(zip(tokens, slots, strict=True)))
+
+
 def test_hidden_nan_never_reaches_a_result() -> None:
     p = BlockWindow(4, 8, 2)
     q, k, v = (x.clone() for x in qkv(SMALL[1]._replace(pattern=p), torch.float32))

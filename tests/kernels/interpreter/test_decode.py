@@ -10,6 +10,7 @@ from swba_kernels import BlockWindow, reference
 
 pytest.importorskip("triton")
 
+from swba_kernels.portable import decode as module
 from swba_kernels.portable.decode import DecodeTile, decode, decode_splits, decode_tile
 
 TILE = DecodeTile(16, 16, 4, 2)
@@ -72,6 +73,17 @@ def test_a_lane_is_bitwise_the_same_whatever_the_others_do() -> None:
         alone, alone_lse = call(q[b : b + 1], k_ring, v_ring, valid[b : b + 1], lanes[b : b + 1])
         assert torch.equal(alone, both[b : b + 1])
         assert torch.equal(alone_lse, both_lse[b : b + 1])
+
+
+def test_splits_depend_on_capacities_only(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(module, "decode_splits", lambda *a: seen.append(a) or 2)
+    q, k_ring, v_ring, valid, lanes = decode_case(LONG, torch.float32)
+    for rows in (1, 2):
+        decode_with(None)(q[:rows], k_ring, v_ring, valid[:rows], lanes[:rows])
+        decode_with(None)(q[:rows], k_ring, v_ring, torch.ones_like(valid[:rows]), lanes[:rows])
+    assert len(seen) == 4
+    assert len(set(seen)) == 1
 
 
 def test_strided_tensors_and_rows_without_lanes() -> None:

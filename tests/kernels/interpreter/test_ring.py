@@ -8,6 +8,7 @@ from swba_kernels import BlockWindow, reference
 
 pytest.importorskip("triton")
 
+from swba_kernels.portable import ring as module
 from swba_kernels.portable.ring import ring_write
 
 
@@ -25,6 +26,21 @@ def test_several_tiles_of_tokens_longer_than_the_ring() -> None:
     case = Case(BlockWindow(30, 61, 5), 300, head_dim=64)
     for seed in range(3):
         check_ring_write(case, torch.float16, write, seed=seed)
+
+
+def test_tokens_that_do_not_survive_are_never_written(monkeypatch) -> None:
+    kernel = module._ring_write_kernel
+
+    class FirstTile:
+        def __getitem__(self, grid):
+            return kernel[(1,)]
+
+    monkeypatch.setattr(module, "_ring_write_kernel", FirstTile())
+    rings = [torch.zeros(1, 1, 66, 64) for _ in range(2)]
+    new = torch.ones(1, 1, 300, 64)
+    write(*rings, new, new, torch.tensor([3]), None, 5)
+    for ring in rings:
+        assert torch.nonzero(ring[0, 0, :, 0]).flatten().tolist() == [3, 4]
 
 
 def test_rows_without_lanes_leave_the_other_lanes_alone() -> None:
