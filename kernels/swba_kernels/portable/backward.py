@@ -1,4 +1,4 @@
-"""Gradients of attention over the block window: deterministic, no atomics, one kernel over key tiles, one over query tiles.
+"""Gradients of attention over the block window: one kernel over key tiles, one over query tiles, no atomics.
 
 B batch, H query heads, Hkv key/value heads, N tokens, D head dim; s scores, p probabilities, "_t" transposed tiles
 (keys are rows, queries are columns).
@@ -166,7 +166,8 @@ def _fold_keys(q, grad, lse2, delta, k, v, dq, visible, scale2, MASKED: tl.const
 @triton.jit(
     do_not_specialize=[
         "s_qb", "s_qh", "s_qn", "s_gb", "s_gh", "s_gn", "s_kb", "s_kh", "s_kn", "s_vb", "s_vh", "s_vn",
-        "s_dqb", "s_dqh", "s_dqn", "heads", "n", "block_size", "window", "sink", "grid_start", "group", "per_group", "tiles",
+        "s_dqb", "s_dqh", "s_dqn",
+        "heads", "n", "block_size", "window", "sink", "grid_start", "group", "per_group", "tiles",
     ]
 )  # fmt: skip
 def _dq(
@@ -204,8 +205,8 @@ def _dq(
     at_v = columns[:, None] * s_vn + d[None, :]
     end_first = block_end(first, n, block_size, grid_start)
     end_last = block_end(last - 1, n, block_size, grid_start)
-    sink_stop, sink_full, sink_tail, left_start, left_tiles, mid_start, mid_tiles, right_start, right_tiles = key_phases(
-        end_first, end_last, window, sink, BLOCK_N
+    sink_stop, sink_full, sink_tail, left_start, left_tiles, mid_start, mid_tiles, right_start, right_tiles = (
+        key_phases(end_first, end_last, window, sink, BLOCK_N)
     )
     for j in tl.range(0, sink_full + mid_tiles, num_stages=STAGES):
         start = tl.where(j < sink_full, j * BLOCK_N, mid_start + (j - sink_full) * BLOCK_N).to(tl.int64)
@@ -261,7 +262,14 @@ def backward(
     Returns:
         Gradients with the dtypes and layouts of q, k and v.
     """
-    dout, q, k, v, out, lse = dense_rows(dout), dense_rows(q), dense_rows(k), dense_rows(v), dense_rows(out), lse.contiguous()
+    dout, q, k, v, out, lse = (
+        dense_rows(dout),
+        dense_rows(q),
+        dense_rows(k),
+        dense_rows(v),
+        dense_rows(out),
+        lse.contiguous(),
+    )
     batch, heads, n, head_dim = q.shape
     kv_heads = k.shape[1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

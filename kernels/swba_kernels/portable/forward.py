@@ -19,7 +19,7 @@ LOG2E = 1.4426950408889634
 
 
 class Ring(NamedTuple):
-    """The history of a prefill: k, v [L, Hkv, S, D], position int64 [B], lanes int64 [B] or None (row b reads lane b)."""
+    """The history of a prefill: k, v [L, Hkv, S, D], position int64 [B], lanes int64 [B] (None: row b reads lane b)."""
 
     k: Tensor
     v: Tensor
@@ -124,8 +124,8 @@ def _forward(
             acc, top, total = _attend(q, k, v, acc, top, total, visible, scale2, True)
         sink = tl.maximum(sink - position, 0).to(tl.int32)
 
-    sink_stop, sink_full, sink_tail, left_start, left_tiles, mid_start, mid_tiles, right_start, right_tiles = key_phases(
-        end_first, end_last, window, sink, BLOCK_N
+    sink_stop, sink_full, sink_tail, left_start, left_tiles, mid_start, mid_tiles, right_start, right_tiles = (
+        key_phases(end_first, end_last, window, sink, BLOCK_N)
     )
     for j in tl.range(0, sink_full + mid_tiles, num_stages=STAGES):
         start = tl.where(j < sink_full, j * BLOCK_N, mid_start + (j - sink_full) * BLOCK_N).to(tl.int64)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_rows(i_tile, n, group, per_group, grid_start, ROWS: tl.constexpr):
-    """Return the half-open row range of tile `i_tile`; it is empty when the tile lies past its group or the sequence."""
+    """Return the half-open row range of tile `i_tile`, empty when the tile lies past its group or the sequence."""
     group_start = grid_start + (i_tile // per_group) * group
     first = tl.maximum(group_start, 0) + (i_tile % per_group) * ROWS
     last = tl.minimum(tl.minimum(group_start + group, n), first + ROWS)
@@ -45,7 +45,9 @@ def key_phases(end_first, end_last, window, sink, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def masked_key_tile(j, end_last, sink_stop, sink_full, sink_tail, left_start, left_tiles, right_start, COLUMNS: tl.constexpr):
+def masked_key_tile(
+    j, end_last, sink_stop, sink_full, sink_tail, left_start, left_tiles, right_start, COLUMNS: tl.constexpr
+):
     """Return (start, stop) of masked key tile `j`, counted through sink tail, left edge and right edge."""
     edge = j - sink_tail
     start = tl.where(edge < left_tiles, left_start + edge * COLUMNS, right_start + (edge - left_tiles) * COLUMNS)

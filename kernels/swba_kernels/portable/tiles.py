@@ -22,7 +22,7 @@ class Tile(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """How a kernel cuts the sequence: groups of `group` tokens from grid_start on, `per_group` tiles each, `tiles` in all."""
+    """How a kernel cuts the sequence: groups of `group` tokens, `per_group` tiles in each, `tiles` in all."""
 
     group: int
     per_group: int
@@ -43,26 +43,26 @@ def family(capability: tuple[int, int]) -> str:
 
 _HALF = {
     "forward": {
-        "large": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 3)},
-        "medium": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
-        "small": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)},
+        "large": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+        "medium": {64: Tile(128, 32, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 8, 2)},
+        "small": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
     },
     "dkv": {
-        "large": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
-        "medium": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 4, 2)},
+        "large": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 32, 4, 2)},
+        "medium": {64: Tile(32, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
         "small": {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(16, 32, 4, 1)},
     },
     "dq": {
-        "large": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "large": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 4, 2)},
         "medium": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 4, 2)},
         "small": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 16, 4, 1)},
     },
 }
 
 _SINGLE = {
-    "forward": {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
-    "dkv": {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
-    "dq": {64: Tile(32, 32, 4, 2), 128: Tile(32, 16, 4, 2), 256: Tile(16, 16, 4, 1)},
+    "forward": {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+    "dkv": {64: Tile(32, 32, 8, 2), 128: Tile(16, 32, 8, 2), 256: Tile(16, 16, 8, 1)},
+    "dq": {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
 }
 
 
@@ -79,7 +79,7 @@ def device_capability(index: int) -> tuple[int, int]:
 
 
 def tile_for(kernel: str, x: torch.Tensor) -> Tile:
-    """Return the tile of `kernel` for a tensor [B, H, N, D] (a small one under the interpreter, where x is on the CPU)."""
+    """Return the tile of `kernel` for a tensor [B, H, N, D] (under the interpreter, on the CPU, a small one)."""
     if not x.is_cuda:
         return Tile(16, 16, 4, 1)
     return choose_tile(kernel, x.shape[-1], x.element_size(), device_capability(x.device.index))

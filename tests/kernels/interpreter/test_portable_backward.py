@@ -10,11 +10,11 @@ from swba_kernels.reference import block_window_reference
 
 pytest.importorskip("triton")
 
-from swba_kernels.portable.backward import backward
-from swba_kernels.portable.tiles import Tile
-
 from poison import embed, relative_error
 from tolerance import assert_close
+
+from swba_kernels.portable.backward import backward
+from swba_kernels.portable.tiles import Tile
 
 TILE = Tile(16, 16, 4, 2)
 
@@ -33,7 +33,9 @@ CASES = [
 ]
 
 
-def gradients(pattern: BlockWindow, heads: int, kv_heads: int, n: int, d: int, scale: float, dtype=torch.float32, **tiles):
+def gradients(
+    pattern: BlockWindow, heads: int, kv_heads: int, n: int, d: int, scale: float, dtype=torch.float32, **tiles
+):
     """Return ((kernel, float64, eager) gradients) of the same random problem; the kernel sees poisoned strided inputs."""
     torch.manual_seed(n * d + heads)
     inputs = [torch.randn(2, h, n, d).to(dtype) for h in (heads, kv_heads, kv_heads)]
@@ -60,7 +62,7 @@ def gradients(pattern: BlockWindow, heads: int, kv_heads: int, n: int, d: int, s
     return got, expected, eager(dtype)[2]
 
 
-@pytest.mark.parametrize("n, block_size, window, sink, first_block, heads, kv_heads, d", CASES)
+@pytest.mark.parametrize(("n", "block_size", "window", "sink", "first_block", "heads", "kv_heads", "d"), CASES)
 def test_gradients_equal_autograd_and_read_nothing_outside_their_tensors(
     n, block_size, window, sink, first_block, heads, kv_heads, d
 ):
@@ -86,7 +88,9 @@ def test_a_negative_scale_is_served():
 
 
 def test_half_precision_gradients_are_no_worse_than_eager_attention():
-    got, expected, eager = gradients(BlockWindow(20, 45, sink=4), 2, 1, 90, 24, 0.2, torch.float16, tile_dkv=TILE, tile_dq=TILE)
+    got, expected, eager = gradients(
+        BlockWindow(20, 45, sink=4), 2, 1, 90, 24, 0.2, torch.float16, tile_dkv=TILE, tile_dq=TILE
+    )
     for x, y, z in zip(got, expected, eager, strict=True):
         assert x.dtype == torch.float16
         assert_close(x, y, z)

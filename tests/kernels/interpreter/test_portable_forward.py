@@ -10,11 +10,11 @@ from swba_kernels.reference import block_window_reference, prefill_reference
 
 pytest.importorskip("triton")
 
-from swba_kernels.portable.forward import Ring, forward
-from swba_kernels.portable.tiles import Tile
-
 from poison import embed, relative_error
 from tolerance import assert_close
+
+from swba_kernels.portable.forward import Ring, forward
+from swba_kernels.portable.tiles import Tile
 
 TILE = Tile(16, 16, 4, 2)
 
@@ -35,7 +35,14 @@ CASES = [
 
 def run(pattern: BlockWindow, q, k, v, **options):
     return forward(
-        q, k, v, block_size=pattern.block_size, window=pattern.window, sink=pattern.sink, grid_start=pattern.grid_start, **options
+        q,
+        k,
+        v,
+        block_size=pattern.block_size,
+        window=pattern.window,
+        sink=pattern.sink,
+        grid_start=pattern.grid_start,
+        **options,
     )
 
 
@@ -44,7 +51,7 @@ def tensors(heads: int, kv_heads: int, n: int, d: int, dtype=torch.float32, batc
     return [torch.randn(batch, h, n, d).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
-@pytest.mark.parametrize("n, block_size, window, sink, first_block, heads, kv_heads, d", CASES)
+@pytest.mark.parametrize(("n", "block_size", "window", "sink", "first_block", "heads", "kv_heads", "d"), CASES)
 def test_forward_equals_the_reference_and_reads_nothing_outside_its_tensors(
     n, block_size, window, sink, first_block, heads, kv_heads, d
 ):
@@ -71,7 +78,9 @@ def test_any_scale_is_served(scale):
     pattern = BlockWindow(10, 25)
     q, k, v = tensors(1, 1, 40, 16, batch=1)
     out, lse = run(pattern, q, k, v, scale=scale, tile=TILE)
-    expected, expected_lse = block_window_reference(q.double(), k.double(), v.double(), pattern, sm_scale=scale, return_lse=True)
+    expected, expected_lse = block_window_reference(
+        q.double(), k.double(), v.double(), pattern, sm_scale=scale, return_lse=True
+    )
     assert relative_error(out, expected) < 1e-5
     assert relative_error(lse, expected_lse) < 1e-5
 
@@ -106,18 +115,20 @@ def test_out_has_the_layout_of_q():
     q, k, v = (x.transpose(1, 2) for x in tensors(40, 40, 2, 16, batch=1))
     out, lse = run(BlockWindow(20, 20), q, k, v, scale=0.25, tile=TILE)
     assert out.stride() == q.stride()
-    assert lse.shape == (1, 2, 40) and lse.is_contiguous()
+    assert lse.shape == (1, 2, 40)
+    assert lse.is_contiguous()
 
 
 def test_empty_input_gives_empty_output():
     q, k, v = tensors(1, 1, 0, 16)
     out, lse = run(BlockWindow(4, 8), q, k, v, scale=0.25)
-    assert out.shape == (2, 1, 0, 16) and lse.shape == (2, 1, 0)
+    assert out.shape == (2, 1, 0, 16)
+    assert lse.shape == (2, 1, 0)
 
 
 @pytest.mark.parametrize("history", [0, 1, 5, 30, 64, 200])
 @pytest.mark.parametrize(
-    "block_size, window, sink, first_block", [(8, 40, 0, 0), (7, 33, 5, 2), (16, 40, 37, 3), (30, 30, 7, 0)]
+    ("block_size", "window", "sink", "first_block"), [(8, 40, 0, 0), (7, 33, 5, 2), (16, 40, 37, 3), (30, 30, 7, 0)]
 )
 def test_prefill_sees_the_ring_history_of_its_lane_and_nothing_else(history, block_size, window, sink, first_block):
     pattern = BlockWindow(block_size, window, sink, first_block)
@@ -148,4 +159,5 @@ def test_prefill_without_lanes_reads_the_lane_of_its_row_and_serves_positions_pa
     out, lse = run(pattern, q, k, v, scale=0.25, tile=TILE, ring=Ring(*rings, torch.tensor([far + 50, far + 7])))
     near = torch.tensor([24 * 9 + 50, 24 * 9 + 7])
     expected, expected_lse = run(pattern, q, k, v, scale=0.25, tile=TILE, ring=Ring(*rings, near, torch.tensor([0, 1])))
-    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
