@@ -36,7 +36,7 @@ CASES = [
 def gradients(
     pattern: BlockWindow, heads: int, kv_heads: int, n: int, d: int, scale: float, dtype=torch.float32, **tiles
 ):
-    """Return ((kernel, float64, eager) gradients) of the same random problem; the kernel sees poisoned strided inputs."""
+    """Return (kernel, float64, eager) gradients of one random problem; the kernel gets poisoned strided inputs."""
     torch.manual_seed(n * d + heads)
     inputs = [torch.randn(2, h, n, d).to(dtype) for h in (heads, kv_heads, kv_heads)]
     dout = torch.randn(2, heads, n, d).to(dtype)
