@@ -108,7 +108,9 @@ def turn_agreement(frames: Tensor, actions: Tensor, threshold: float = 4.0, text
         count, good = int(mask.sum()), int((mask & fits).sum())
         rates.append(good / max(1, count))
         right, judged = right + good, judged + count
-    return Agreement(*(round(rate, 4) for rate in rates), round(right / max(1, judged), 4), judged, int((~known).sum()))
+    to_left, to_right, straight = (round(rate, 4) for rate in rates)
+    overall = round(right / max(1, judged), 4)
+    return Agreement(to_left, to_right, straight, overall, judged, int((~known).sum()))
 
 
 def edge_energy(frames: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def build_optimizers(model: VideoDiT, muon_lr: float, adam_lr: float) -> list[to
 
     Each group keeps its peak rate in `peak`, for schedules to scale.
     """
-    blocks = list(model.blocks)
+    blocks: list[Any] = list(model.blocks)
     groups = [
         {"params": [block.qkv.weight for block in blocks], "parts": 3 if blocks[0].heads == blocks[0].kv_heads else 1},
         {"params": [block.gate_up.weight for block in blocks], "parts": 2},
