@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,13 +86,13 @@ def _ours_training(shape: Shape, tensors: Mapping[str, Tensor], impl: str) -> Fo
 
 
 def _call_ours(shape: Shape, impl: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return swba_kernels.block_window_attention(q, k, v, shape.pattern, impl=impl)
+    return cast(Tensor, swba_kernels.block_window_attention(q, k, v, shape.pattern, impl=impl))
 
 
 def _ours_decode(shape: Shape, tensors: Mapping[str, Tensor], impl: str, full: bool) -> Forward:
     q = tensors["q"]
     valid = torch.full((q.shape[0],), shape.keys, dtype=torch.int64, device=q.device)
-    return lambda q, k, v: swba_kernels.window_decode_attention(q, k, v, valid, full=full, impl=impl)
+    return lambda q, k, v: cast(Tensor, swba_kernels.window_decode_attention(q, k, v, valid, full=full, impl=impl))
 
 
 def _sdpa(backend: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Forward:
