@@ -38,8 +38,8 @@ def choose_impl(device: torch.device | str, dtype: torch.dtype, head_dim: int, o
         raise ValueError(f"head_dim: expected a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
-    device = torch.device(device)
-    return _choose(device.type, device.index, dtype, op)
+    where = torch.device(device)
+    return _choose(where.type, where.index, dtype, op)
 
 
 @cache

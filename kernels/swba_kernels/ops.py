@@ -40,7 +40,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _pattern(block_size: int, window: int, sink: int, grid_start: int) -> dict[str, int]:
+def _pattern(block_size: int, window: int, sink: int, grid_start: int) -> dict[str, Any]:
     return {"block_size": block_size, "window": window, "sink": sink, "grid_start": grid_start}
 
 

@@ -17,7 +17,8 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 
 
 class Case(NamedTuple):
-    """One kernel to compile. `types` maps argument names to Triton types ("*bf16", "i32", "i64", "fp32")."""
+    """One kernel to compile. `types` maps argument names to Triton types ("*bf16", "i32", "i64", "fp32");
+    `divisible` names the integers that are multiples of 16."""
 
     name: str
     kernel: Any
@@ -26,6 +27,7 @@ class Case(NamedTuple):
     warps: int = 4
     stages: int = 3
     aligned: bool = True
+    divisible: frozenset[str] = frozenset()
 
 
 class Report(NamedTuple):
@@ -50,6 +52,7 @@ def compile_case(case: Case, arch: int) -> Report:
     attributes = {}
     if case.aligned:
         attributes = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if signature[x].startswith("*")}
+    attributes |= {(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if x in case.divisible}
     source = ASTSource(
         case.kernel, signature, {(names.index(x),): value for x, value in case.constants.items()}, attributes
     )
