@@ -61,14 +61,21 @@ def empty_lane() -> Lane:
 
 
 class RingMachine(RuleBasedStateMachine):
-    @initialize(stream=streams, lanes=st.integers(1, 3), seed=st.integers(0, 1000))
-    def start(self, stream: StreamConfig, lanes: int, seed: int) -> None:
+    @initialize(
+        stream=streams, history=st.lists(st.just(0) | st.integers(0, 40), min_size=1, max_size=3),
+        seed=st.integers(0, 1000),
+    )  # fmt: skip
+    def start(self, stream: StreamConfig, history: list[int], seed: int) -> None:
+        lanes = len(history)
         self.stream, self.pattern = stream, stream.pattern
         self.cache = make_cache(stream, lanes)
         self.lanes = [empty_lane() for _ in range(lanes)]
         self.generator = torch.Generator().manual_seed(seed)
         self.snapshot = None
         self.poison()
+        for lane, tokens in enumerate(history):
+            if tokens:
+                self.call([lane], tokens, prefill=True, layers=LAYERS, commit=True)
 
     def poison(self) -> None:
         """Put NaN into every slot that no later call may read before it is written."""
@@ -125,9 +132,11 @@ class RingMachine(RuleBasedStateMachine):
             return True
         return any(self.lanes[i].position + first < self.lanes[i].written > self.cache.capacity for i in chosen)
 
-    @rule(data=st.data(), prefill=st.booleans(), commit=st.sampled_from([True, True, False]))
-    def attend_all_layers(self, data, prefill: bool, commit: bool) -> None:
-        chosen = data.draw(st.permutations(range(len(self.lanes))))[: data.draw(st.integers(1, len(self.lanes)))]
+    def attend(self, data, *, prefill: bool, commit: bool) -> None:
+        """Attend in every layer, in any number of lanes; where the rules refuse, find it refused."""
+        chosen = list(range(len(self.lanes)))
+        if data.draw(st.booleans()):
+            chosen = data.draw(st.permutations(chosen))[: data.draw(st.integers(1, len(chosen)))]
         limit = 2 * self.cache.capacity + 3 if prefill else self.cache.window
         tokens = data.draw(st.integers(1, limit))
         first = min(tokens, self.pattern.block_size) if prefill else tokens
@@ -136,6 +145,18 @@ class RingMachine(RuleBasedStateMachine):
                 self.call(chosen, tokens, prefill=prefill, layers=1, commit=False)
             return
         self.call(chosen, tokens, prefill=prefill, layers=LAYERS, commit=commit)
+
+    @rule(data=st.data())
+    def step(self, data) -> None:
+        self.attend(data, prefill=False, commit=True)
+
+    @rule(data=st.data())
+    def prefill(self, data) -> None:
+        self.attend(data, prefill=True, commit=True)
+
+    @rule(data=st.data(), prefill=st.booleans())
+    def look(self, data, prefill: bool) -> None:
+        self.attend(data, prefill=prefill, commit=False)
 
     @rule(data=st.data(), prefill=st.booleans())
     def fail_after_the_first_layer(self, data, prefill: bool) -> None:
@@ -186,7 +207,7 @@ class RingMachine(RuleBasedStateMachine):
 
 TestRing = RingMachine.TestCase
 TestRing.settings = settings(
-    max_examples=120, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 STREAM = StreamConfig(tokens_per_frame=2, frames_per_block=2, window_frames=3, sink_frames=1)
@@ -318,6 +339,21 @@ def test_a_prefill_on_history_writes_nothing_before_its_commit_and_reports_what_
     assert cache.staged_bytes == cache.staged_peak_bytes == 2 * LAYERS * KV_HEADS * 6 * HEAD_DIM * 8
     cache.commit()
     assert (cache.staged_bytes, cache.position) == (0, (29,))
+
+
+def test_a_prefill_of_an_empty_lane_beside_one_with_history_is_exact_for_both():
+    (cache, generator), (twin, _) = filled(lanes=2), filled(lanes=2)
+    cache.reset(0)
+    twin.reset(0)
+    qkv = draw_qkv(2, 9, generator)
+    both = [cache.prefill(layer, *x) for layer, x in enumerate(qkv)]
+    cache.commit()
+    for lane in (0, 1):
+        alone = [twin.prefill(i, *(y[lane : lane + 1] for y in x), lanes=lane) for i, x in enumerate(qkv)]
+        twin.commit()
+        torch.testing.assert_close([x[lane : lane + 1] for x in both], alone)
+    step = draw_qkv(2, 4, generator)
+    torch.testing.assert_close(run_step(cache, step), run_step(twin, step))
 
 
 def test_first_blocks_of_empty_lanes_do_not_mix_with_lanes_that_have_history():
