@@ -43,7 +43,7 @@ class TrainConfig:
     steps: int = 1_000_000
     minutes: float = 0.0
     warmup: int = 100
-    muon_lr: float = 4e-3
+    muon_lr: float = 2.5e-3
     adam_lr: float = 1.5e-3
     clip: float = 1.0
     ema: float = 0.999

@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
     orthogonalised alone.
     """
 
-    def __init__(self, matrices: Iterable[Any], lr: float = 4e-3, momentum: float = 0.95) -> None:
+    def __init__(self, matrices: Iterable[Any], lr: float = 2.5e-3, momentum: float = 0.95) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "parts": 1})
 
     @torch.no_grad()
