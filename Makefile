@@ -21,9 +21,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/.installed
 	$(BIN)/swba-infer generate --model freedoom --context demo --frames $(FRAMES) --out $(OUT)/stream.mp4 --sheet $(OUT)/stream.png
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu and not interpreter" $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) -m interpreter tests/kernels $(PYTEST_ARGS)
+	status=0; \
+	$(PYTEST) -m "not gpu and not interpreter" || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels || status=1; \
+	exit $$status
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -126,7 +126,8 @@ class VideoWriter:
         stream = self._container.add_stream("libx264", rate=self._rate)
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(self._crf), "preset": "medium", "threads": "1"}
+        # x264's macroblock tree is not reproducible: for small pictures the same frames give different files now and then.
+        stream.options = {"crf": str(self._crf), "preset": "medium", "threads": "1", "x264-params": "no-mbtree=1"}
         stream.codec_context.thread_count = 1
         stream.codec_context.time_base = 1 / self._rate
         return stream
