@@ -126,7 +126,7 @@ class VideoWriter:
         stream = self._container.add_stream("libx264", rate=self._rate)
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p"
-        # x264's macroblock tree is not reproducible: for small pictures the same frames give different files now and then.
+        # x264's macroblock tree is not reproducible: now and then the same small pictures give another file.
         stream.options = {"crf": str(self._crf), "preset": "medium", "threads": "1", "x264-params": "no-mbtree=1"}
         stream.codec_context.thread_count = 1
         stream.codec_context.time_base = 1 / self._rate

@@ -44,8 +44,10 @@ def test_scale_enlarges_each_pixel(tmp_path, frames):
 
 
 def test_same_frames_give_the_same_bytes(tmp_path, frames):
+    random = np.random.default_rng(0)
+
     def encode() -> bytes:
-        clutter = [np.random.randint(0, 255, np.random.randint(1000, 400_000), dtype=np.uint8) for _ in range(8)]
+        clutter = [random.integers(0, 255, random.integers(1000, 400_000), dtype=np.uint8) for _ in range(8)]
         del clutter  # an encoder that reads memory it has not written now reads this
         write(tmp_path / "a.mp4", frames)
         return (tmp_path / "a.mp4").read_bytes()
