@@ -194,12 +194,20 @@ class VideoDiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights; every residual branch starts closed and the output at zero."""
+        """Draw fresh weights; every residual branch and the output start at zero.
+
+        Branches are closed by their last matrix and not by their gates, which would take long to open.
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and not name.endswith(("modulation", "qk_scale")):
-                nn.init.normal_(parameter, std=0.02 if name.startswith("action") else parameter.shape[1] ** -0.5)
+                nn.init.normal_(parameter, std=0.5 if name == "action.weight" else parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        for block in self.blocks:
+            nn.init.zeros_(block.out.weight)
+            nn.init.zeros_(block.down.weight)
+            nn.init.ones_(block.modulation[2])
+            nn.init.ones_(block.modulation[5])
         nn.init.zeros_(self.condition.weight)
         nn.init.zeros_(self.head_modulation.weight)
         nn.init.zeros_(self.head_out.weight)
