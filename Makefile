@@ -12,6 +12,9 @@ JOBS   ?= 2
 FRAMES ?= 240
 OUT    ?= out
 
+# Threads that spin while they wait make a busy machine many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

@@ -1,0 +1,63 @@
+"""The generator on a GPU: the captured loop against the eager one, reproducible and flat."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tiny_world import ACTIONS, tiny_dit, tiny_stream
+
+from swba_infer import VideoGenerator
+from swba_infer.sampling import FlowSampler
+
+pytestmark = pytest.mark.gpu
+WALK = [1, 1, 2, 3, 0, 1, 2, 2, 1] * 2
+
+
+def generator(dtype=torch.bfloat16, **options) -> VideoGenerator:
+    return VideoGenerator(tiny_dit().to("cuda", dtype), tiny_stream(), FlowSampler(steps=2), ACTIONS, **options)
+
+
+def collect(iterator) -> np.ndarray:
+    return np.stack(list(iterator))
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_the_same_seed_gives_the_same_frames(cuda_graph):
+    a, b = (collect(generator(cuda_graph=cuda_graph).stream(actions=WALK, seed=3)) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_captured_and_eager_steps_give_the_same_frames():
+    context = np.random.default_rng(0).integers(0, 256, (3, 24, 32, 3), dtype=np.uint8)
+    a, b = (collect(generator(cuda_graph=g).stream(context, actions=WALK)) for g in (True, False))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_frames_on_the_gpu_are_near_those_of_the_cpu():
+    """Noise differs between devices, so both start from the context and the comparison is of the committed history."""
+    made = generator(torch.float32)
+    context = np.random.default_rng(0).integers(0, 256, (6, 24, 32, 3), dtype=np.uint8)
+    next(made.stream(context, actions=WALK))
+    other = VideoGenerator(tiny_dit(), tiny_stream(), FlowSampler(steps=2), ACTIONS)
+    next(other.stream(context, actions=WALK))
+    tokens = torch.randn(1, 12, 8 * 8 * 3, generator=torch.Generator().manual_seed(0))
+    for each in (made, other):
+        each.reset()
+        list(each.stream(context, actions=[], frames=1))
+    action = torch.tensor([[1]])
+    gpu = made.engine.step(tokens.cuda(), commit=False, timestep=0.5, action=action.cuda()).cpu()
+    cpu = other.engine.step(tokens, commit=False, timestep=0.5, action=action)
+    torch.testing.assert_close(gpu, cpu, atol=2e-3, rtol=2e-3)
+
+
+def test_a_long_stream_reserves_no_more_memory():
+    stream = generator().stream(actions=itertools.cycle(WALK))
+    for _ in range(20):
+        next(stream)
+    before = torch.cuda.memory_reserved()
+    for _ in range(300):
+        next(stream)
+    assert torch.cuda.memory_reserved() == before
