@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.frames is not None and args.frames < 1:
         raise ConfigError(f"frames: expected at least 1, got {args.frames}")
     sheet = None if args.sheet is None else check_writable(args.sheet)
+    check_writable(args.out)
     directory = resolve_directory(args.model)
     started = time.perf_counter()
     generator = VideoGenerator.from_pretrained(

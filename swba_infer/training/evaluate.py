@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_model
+from ..device import pick_device
 from ..engine import StreamingEngine
 from ..files import replacing
 from ..models.video_dit import patchify, unpatchify
@@ -344,7 +345,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the parsed options ask for."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     evaluation = Evaluation(
         args.model, args.data, args.out, device, dtype, lanes=args.lanes, length=args.frames, context=args.context

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import save_model
 from ..context import FullSequence
+from ..device import pick_device
 from ..files import replacing
 from ..models.video_dit import VideoDiT, compile_layers
 from .config import PRESETS, TrainConfig, preset
@@ -244,7 +245,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what the parsed options ask for."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     names = ("minutes", "steps", "batch", "muon_lr", "adam_lr", "seed")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = preset(args.preset, **changes)
