@@ -204,6 +204,7 @@ class VideoDiT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         for block in self.blocks:
+            assert isinstance(block, Block)
             nn.init.zeros_(block.out.weight)
             nn.init.zeros_(block.down.weight)
             nn.init.ones_(block.modulation[2])
