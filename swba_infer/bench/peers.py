@@ -131,8 +131,10 @@ def _loop(make_dense: Callable[[Shape, Mapping[str, Tensor]], Forward]) -> Calla
 
 
 def _flex(shape: Shape, tensors: Mapping[str, Tensor], impl: str, backend: str | None = None) -> Forward:
+    import torch._functorch.config as functorch
     from torch.nn.attention.flex_attention import flex_attention
 
+    functorch.donated_buffer = False  # the clock calls one backward many times
     if not tensors["q"].is_cuda:
         raise Unavailable("CUDA only (no backward on the CPU)")
     if backend == "FLASH":

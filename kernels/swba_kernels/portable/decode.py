@@ -222,9 +222,9 @@ def decode_tile(rows: int, block_d: int, itemsize: int, shared_memory: int) -> D
         tile = DecodeTile(32, 32, 4, 2) if block_d <= 64 else DecodeTile(32, 32, 8, 2)
         tile = tile if block_d <= 128 else DecodeTile(16, 16, 8, 2)
     elif block_d <= 64:
-        tile = DecodeTile(128, 128, 8, 3) if wide else DecodeTile(64, 64, 4, 3)
+        tile = DecodeTile(128, 64, 4, 3) if wide else DecodeTile(64, 64, 4, 3)
     elif block_d <= 128:
-        tile = DecodeTile(128, 64, 8, 3) if wide else DecodeTile(64, 64, 4, 3)
+        tile = DecodeTile(64, 64, 4, 3)
     else:
         tile = DecodeTile(64, 32, 8, 2)
     if rows <= 32:
