@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from .config import StreamConfig
 from .errors import CheckpointError, ConfigError
+from .files import replacing
 
 FORMAT = 1
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -148,6 +149,12 @@ def load_context(name_or_dir: str | os.PathLike[str]) -> RecordedContext:
     if set(tensors) != {"frames", "actions"}:
         raise CheckpointError(f"{path}: expected the tensors frames and actions, got {sorted(tensors)}")
     return RecordedContext(tensors["frames"], tensors["actions"])
+
+
+def save_context(directory: str | os.PathLike[str], frames: torch.Tensor, actions: torch.Tensor) -> None:
+    """Write the recorded frames, uint8 [F, H, W, 3], and their actions, int64 [F], that `load_context` reads."""
+    with replacing(Path(directory) / "context.safetensors") as path:
+        save_file({"frames": frames.contiguous(), "actions": actions.contiguous()}, str(path))
 
 
 def read_shards(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

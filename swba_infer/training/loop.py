@@ -25,7 +25,7 @@ from .config import PRESETS, TrainConfig, preset
 from .data import Episodes, Windows
 from .loss import flow_loss
 from .optim import Average, build_optimizers
-from .record import ACTIONS
+from .record import ACTIONS, TICS_PER_SECOND, RecordConfig
 from .state import load_state, save_state
 
 
@@ -197,6 +197,7 @@ def export(directory: Path, config: TrainConfig, average: Average, dtype: torch.
         "stream": config.stream.to_dict(),
         "sampler": config.sampler.to_dict(),
         "actions": list(ACTIONS),
+        "fps": round(TICS_PER_SECOND / RecordConfig().frame_skip, 2),
     }
     save_model(directory, content, {name: p.to(dtype) for name, p in average.tensors.items()}, overwrite=True)
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from ..errors import ConfigError
 
+TICS_PER_SECOND = 35
 HELD_OUT_SEED = 1_000_000
 ACTIONS = ("wait", "forward", "left", "right", "forward_left", "forward_right")
 WAIT, FORWARD, LEFT, RIGHT, FORWARD_LEFT, FORWARD_RIGHT = range(6)
