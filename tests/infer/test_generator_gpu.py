@@ -36,10 +36,20 @@ def test_captured_and_eager_steps_give_the_same_frames():
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_step_on_the_gpu_gives_what_the_cpu_gives(monkeypatch):
-    """In full float32: a GPU's convolutions round to TF32 unless told not to, 8e-3 of the output here."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+@pytest.fixture
+def full_float32():
+    """Keep convolutions and matrix products from rounding to TF32; by hand, since monkeypatch cannot restore these."""
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
+
+
+@pytest.mark.usefixtures("full_float32")
+def test_a_step_on_the_gpu_gives_what_the_cpu_gives():
     context = np.random.default_rng(0).integers(0, 256, (6, 24, 32, 3), dtype=np.uint8)
     tokens = torch.randn(1, 12, 8 * 8 * 3, generator=torch.Generator().manual_seed(0))
     outputs = []
