@@ -23,8 +23,8 @@ def assert_close(actual: Tensor, oracle: Tensor, eager: Tensor, what: str = "out
     """Compare with a float64 oracle.
 
     The RMS error may be twice that of `eager` (naive softmax in the dtype of `actual`, same input) plus one ulp at the
-    RMS of the oracle; the largest error three times that of `eager` plus two ulp at the oracle's largest number. In float64, where eager
-    is the oracle, torch's default tolerance holds instead.
+    RMS of the oracle; the largest error three times that of `eager` plus two ulp at the oracle's largest number. In
+    float64, where eager is the oracle, torch's default tolerance holds instead.
     """
     assert oracle.dtype == torch.float64
     assert actual.dtype == eager.dtype
