@@ -48,10 +48,11 @@ def decode_case(arch: int, head_dim: int, dtype: str, rows: int, split: bool = T
 def table() -> list[tuple[int, Case, int]]:
     """Return (architecture, case, bytes a thread may spill)."""
     small = {"D": 64, "BLOCK_D": 64}
-    rows = [(90, decode_case(90, d, "bf16", n), 128) for d in (64, 128) for n in (64, 9999)]
+    rows = [(90, decode_case(90, d, "bf16", n), 128) for d in (64, 128) for n in (16, 9999)]
+    rows += [(90, decode_case(90, 64, "bf16", 9999, split=False), 128)]
     rows += [(90, decode_case(90, 256, "fp16", 9999), 192), (90, decode_case(90, 128, "fp32", 9999), 128)]
     rows += [(90, decode_case(90, 40, "bf16", 10, split=False), 0)]
-    rows += [(arch, decode_case(arch, d, "bf16", 9999), 256) for arch in (80, 86, 100) for d in (128, 256)]
+    rows += [(arch, decode_case(arch, d, "bf16", 9999), 256) for arch in (80, 86, 100) for d in (64, 128, 256)]
     for arch in (80, 90, 100):
         rows += [(arch, case_of("combine", decode._combine_kernel, "bf16", small | {"BLOCK_R": 16}), 0)]
         constants = small | {"BLOCK_N": 32, "HAS_LANES": True}

@@ -107,9 +107,40 @@ def test_tiles_fit_shared_memory() -> None:
 
 
 def test_splits_fill_the_gpu_only_when_it_is_not_full() -> None:
-    assert decode_splits(programs=132 * 8, key_tiles=512, slots=132) == 1
-    assert decode_splits(programs=12, key_tiles=64, slots=264) > 4
-    splits = decode_splits(programs=156, key_tiles=512, slots=132)
+    for resident in (1, 2):
+        assert decode_splits(132 * 8, 512, 132, resident, partial_bytes=1 << 23) == 1
+    assert decode_splits(programs=12, key_tiles=64, multiprocessors=132, resident=2, partial_bytes=1 << 18) > 4
+    splits = decode_splits(programs=156, key_tiles=512, multiprocessors=132, resident=1, partial_bytes=1 << 20)
     waves = 156 * splits / 132
     assert waves / math.ceil(waves) > 0.9
-    assert decode_splits(programs=1, key_tiles=1, slots=132) == 1
+    assert decode_splits(programs=1, key_tiles=1, multiprocessors=132, resident=2, partial_bytes=1) == 1
+
+
+@pytest.mark.parametrize("megabytes", [1, 10, 100])
+def test_more_bytes_to_merge_never_mean_more_splits(megabytes) -> None:
+    for programs in (6, 48, 300, 900):
+        few, many = (decode_splits(programs, 512, 132, 2, x << 20) for x in (megabytes, 10 * megabytes))
+        assert many <= few
+
+
+# Lanes, heads, head dim, tokens, ring slots; key tile and splits within 3% of the fastest that was measured.
+MEASURED = [
+    ((1, 12, 128, 1560, 32760), 64, {6, 7}),
+    ((1, 12, 128, 4680, 32760), 64, {2, 4}),
+    ((1, 40, 128, 4680, 32760), 64, {2, 3}),
+    ((1, 12, 64, 256, 4096), 128, {5}),
+    ((1, 16, 64, 64, 2048), 128, {4}),
+    ((1, 16, 64, 144, 4608), 128, {5}),
+    ((8, 16, 64, 256, 4096), 128, {1}),
+    ((1, 6, 64, 48, 768), 128, {3}),
+]
+
+
+@pytest.mark.parametrize(("shape", "keys", "fast"), MEASURED)
+def test_shapes_that_were_measured_on_an_h200_get_what_was_fast(shape, keys, fast) -> None:
+    lanes, heads, d, n, slots = shape
+    sms, shared_memory = module._gpu(torch.device("cpu"))
+    tile = decode_tile(n, d, 2, shared_memory)
+    assert tile == (64, keys, 4, 3)
+    programs = -(-n // tile.block_m) * heads * lanes
+    assert decode_splits(programs, -(-slots // keys), sms, 2, lanes * heads * n * d * 4) in fast
