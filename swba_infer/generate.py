@@ -21,8 +21,8 @@ from .progress import track
 from .video import RESIZE, VideoWriter, contact_sheet, read_frames, resize_frames
 
 DEMO_WALK = (
-    "forward*30, right*14, forward*24, forward_left*16, forward*20, left*22, forward*26, forward_right*14, "
-    "forward*24, left*12, wait*4, right*26, forward*28"
+    "right*10, forward*16, left*12, forward*18, forward_left*8, forward*14, right*16, forward*16, forward_right*10, "
+    "forward*16, left*20, forward*20, right*8, forward*20, left*16, forward*20"
 )
 SHEET_FRAMES, SHEET_COLUMNS = 24, 6
 
