@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops as ops
-from .choice import MAX_HEAD_DIM, resolve
+from .choice import MAX_HEAD_DIM, prefers_torch_decode, resolve
 from .pattern import BlockWindow
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -145,7 +145,8 @@ def window_decode_attention(
         k_ring, v_ring: [L, Hkv, S, D].
         valid: int64 [B] from 1 to S, read on the device.
         lanes: int64 [B], the ring lane of each row; None where row b reads lane b.
-        full: the caller knows on the host that valid[b] == S for all rows; lets "auto" use a torch backend.
+        full: the caller knows on the host that valid[b] == S for all rows; lets "auto" use torch's cuDNN attention
+            where that was measured faster (`prefers_torch_decode`). Its rounding differs from the kernel's here.
         sm_scale, return_lse, impl: as in `block_window_attention`.
 
     Returns:
@@ -162,7 +163,12 @@ def window_decode_attention(
         raise ValueError(f"q: expected at most {k_ring.shape[2]} tokens (the slots of the ring), got {q.shape[2]}")
     if not isinstance(full, bool):
         raise TypeError(f"full: expected a bool, got {type(full).__name__}")
-    name = resolve(impl, q, "decode", full=full)
+    name = resolve(impl, q, "decode")
+    if full and lanes is None and not return_lse and q.shape[1] == k_ring.shape[1]:
+        rows, heads, tokens, head_dim = q.shape
+        sizes = {"rows": rows, "heads": heads, "tokens": tokens, "slots": k_ring.shape[2], "head_dim": head_dim}
+        if prefers_torch_decode(q.device, q.dtype, **sizes, impl=impl):
+            name = "cudnn"
     out, lse = torch.ops.swba.decode(q, k_ring, v_ring, valid, lanes, _scale(sm_scale, q), full, name, return_lse)
     return (out, lse) if return_lse else out
 

@@ -15,9 +15,30 @@ _LOG = logging.getLogger("swba_kernels")
 MAX_HEAD_DIM = 256
 _OPS = ("forward", "prefill", "decode", "ring_write")
 
-# GPUs (a part of the device name) on which torch's own attention is faster for a full ring, as measured: name ->
-# smallest number of query tokens from which it is used.
-_TORCH_DECODE: dict[str, int] = {}
+
+class TorchDecode(NamedTuple):
+    """Where cuDNN's attention, through torch, was measured faster than the kernel here for a full ring.
+
+    Attributes:
+        gpu: a part of the device name.
+        head_dim: head dim.
+        tiles: query tiles of 128 tokens, of all heads and rows, for each multiprocessor; at least.
+        slots: slots of the ring; at least.
+    """
+
+    gpu: str
+    head_dim: int
+    tiles: float
+    slots: int
+
+
+# Each line is the smallest measured shape that cuDNN won (bf16, CUDA graph replay, cuDNN 9.19); of those it lost, the
+# nearest have 1.2 tiles a multiprocessor with head dim 128 and 0.25 with head dim 64.
+_TORCH_DECODE = (
+    TorchDecode("NVIDIA H200", 128, 3.3, 32760),  # 12 heads, 4680 tokens: 1.87 ms against 1.97; 40 heads: 5.45, 6.69
+    TorchDecode("NVIDIA H200", 64, 1.9, 4096),  # 8 rows, 16 heads, 256 tokens: 80 us against 93
+)
+_CUDNN = 91900  # the version that was measured; older ones are not used
 
 
 class Choice(NamedTuple):
@@ -72,10 +93,32 @@ def _triton_obstacle(device: str, index: int | None, dtype: torch.dtype) -> str 
     return None
 
 
-def _prefers_torch(index: int | None, tokens: int) -> bool:
-    """Tell whether torch's own attention was measured faster for a full ring on this GPU."""
-    name = torch.cuda.get_device_name(index)
-    return any(part in name and tokens >= least for part, least in _TORCH_DECODE.items())
+def prefers_torch_decode(
+    device: torch.device, dtype: torch.dtype, *, rows: int, heads: int, tokens: int, slots: int, head_dim: int,
+    impl: str = "auto",
+) -> bool:  # fmt: skip
+    """Tell whether `window_decode_attention(..., full=True)` runs torch's cuDNN attention for these sizes.
+
+    It does so only for as many key/value heads as query heads, without `lanes` and without `return_lse`.
+    Callers that capture graphs ask, since a graph captured with full=True serves full rings only.
+    """
+    if impl != "auto" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if _resolve(impl, device.type, device.index, dtype, "decode") != "triton":
+        return False
+    name, multiprocessors, cudnn = _gpu(device.index)
+    tiles = -(-tokens // 128) * heads * rows
+    return cudnn >= _CUDNN and any(
+        at.gpu in name and at.head_dim == head_dim and tiles >= at.tiles * multiprocessors and slots >= at.slots
+        for at in _TORCH_DECODE
+    )
+
+
+def _gpu(index: int | None) -> tuple[str, int, int]:
+    """Return the name and multiprocessors of a GPU, and the version of cuDNN, 0 if it is missing or turned off."""
+    properties = torch.cuda.get_device_properties(index)
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.enabled else None
+    return properties.name, properties.multi_processor_count, cudnn or 0
 
 
 def _resolve(impl: str, device: str, index: int | None, dtype: torch.dtype, op: str) -> str:
@@ -91,15 +134,13 @@ def _resolve(impl: str, device: str, index: int | None, dtype: torch.dtype, op: 
 
 # What torch.compiler.assume_constant_result sets; calling it here would import the whole compiler (a second).
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def resolve(impl: str, x: Tensor, op: str, *, full: bool = False) -> str:
+def resolve(impl: str, x: Tensor, op: str) -> str:
     """Return the implementation that `op` runs on x [B, H, N, D]: the one asked for by name, or the chosen one.
 
     Raises:
         ValueError: `impl` is unknown or cannot run.
     """
-    name = _resolve(impl, x.device.type, x.device.index, x.dtype, op)
-    if full and impl == "auto" and name == "triton" and _TORCH_DECODE and _prefers_torch(x.device.index, x.shape[2]):
-        return "sdpa"
-    return name
+    return _resolve(impl, x.device.type, x.device.index, x.dtype, op)

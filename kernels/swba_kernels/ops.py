@@ -3,8 +3,8 @@
 B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N new tokens, S ring slots, D head dim.
 
 Sizes are SymInt, so that torch.compile can leave them dynamic. `impl` names the implementation, already resolved:
-"triton" or "sdpa". `need_lse=False` lets an implementation that would have to compute the log-sum-exp apart leave it
-out: `lse` is then [B, H, 0].
+"triton" or "sdpa", or for decode "cudnn" (full rings, no lanes, no log-sum-exp). `need_lse=False` lets an
+implementation that would have to compute the log-sum-exp apart leave it out: `lse` is then [B, H, 0].
 """
 
 from __future__ import annotations
@@ -100,6 +100,11 @@ def _decode(
         return decode(q, k_ring, v_ring, valid, lanes, scale=scale)
     from . import sdpa
 
+    if impl == "cudnn":
+        assert full
+        assert lanes is None
+        assert not need_lse
+        return sdpa.decode_by_cudnn(q, k_ring, v_ring, scale=scale)
     return sdpa.decode(q, k_ring, v_ring, valid, lanes, scale=scale, full=full, need_lse=need_lse)
 
 
@@ -115,7 +120,7 @@ def _ring_write(
 
 def _fake_out(q: Tensor, impl: str, need_lse: bool) -> tuple[Tensor, Tensor]:
     q = _dense(q)
-    rows = q.shape[2] if need_lse or impl != "sdpa" else 0
+    rows = q.shape[2] if need_lse or impl == "triton" else 0
     return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[1], rows), dtype=torch.float32)
 
 

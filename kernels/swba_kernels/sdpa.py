@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .pattern import BlockWindow
 
@@ -108,6 +109,12 @@ def decode(
         k, v = (x[lane : lane + 1, :, :n] for x in (k_ring, v_ring))
         out[b : b + 1], lse[b : b + 1] = _attend(q[b : b + 1], k, v, scale, need_lse)
     return out, lse
+
+
+def decode_by_cudnn(q: Tensor, k_ring: Tensor, v_ring: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend from row b to all slots of ring lane b with torch's cuDNN kernel; as `decode` without the log-sum-exp."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _attend(q, k_ring[: q.shape[0]], v_ring[: q.shape[0]], scale, need_lse=False)
 
 
 def ring_write(
