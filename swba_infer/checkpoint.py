@@ -105,7 +105,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, _DuplicateKey) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, _DuplicateKey) as error:
         raise ConfigError(f"{path}: expected a readable JSON file, got {error}") from error
     _check_config(config, str(path))
     return config
@@ -185,7 +185,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         return load_file(path)
     except _DuplicateKey as error:
         raise CheckpointError(f"{path}: tensor {error} appears twice in the header") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: expected a readable safetensors file, got {error!r}") from error
@@ -225,13 +225,13 @@ def _check_config(config: Any, where: str) -> None:
         raise ConfigError(f"{where}: expected format {FORMAT}, got {config['format']!r}")
     if config["architecture"] != "video_dit":
         raise ConfigError(f"{where}: expected architecture 'video_dit', got {config['architecture']!r}")
-    if config["dtype"] not in _DTYPES:
+    if not isinstance(config["dtype"], str) or config["dtype"] not in _DTYPES:
         raise ConfigError(f"{where}: expected dtype to be one of {sorted(_DTYPES)}, got {config['dtype']!r}")
     actions, fps = config.get("actions", []), config.get("fps", 1)
     if not isinstance(actions, list) or not all(isinstance(name, str) for name in actions):
         raise ConfigError(f"{where}: expected actions to be a list of names, got {actions!r}")
-    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not fps > 0:
-        raise ConfigError(f"{where}: expected fps above 0, got {fps!r}")
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
+        raise ConfigError(f"{where}: expected a finite fps above 0, got {fps!r}")
 
 
 def _build(config: dict[str, Any]) -> torch.nn.Module:

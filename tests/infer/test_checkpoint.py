@@ -121,6 +121,13 @@ def test_a_duplicate_key_inside_a_header_is_refused(directory):
         read_shards(directory)
 
 
+def test_a_header_nested_too_deeply_is_refused(directory):
+    shard = directory / "model-00001-of-00003.safetensors"
+    shard.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(CheckpointError, match="model-00001-of-00003"):
+        read_shards(directory)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -128,9 +135,11 @@ def test_a_duplicate_key_inside_a_header_is_refused(directory):
         ({"format": 2}, "format"),
         ({"architecture": "wan"}, "architecture"),
         ({"dtype": "float8"}, "dtype"),
+        ({"dtype": ["float32"]}, "dtype"),
         ({"model": None}, "missing"),
         ({"actions": "left"}, "actions"),
         ({"fps": -1}, "fps"),
+        ({"fps": float("inf")}, "fps"),
     ],
 )
 def test_config_is_read_strictly(directory, change, message):
@@ -140,7 +149,7 @@ def test_config_is_read_strictly(directory, change, message):
         read_config(directory)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"format": 1, "format": 1}', "{not json"])
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 1, "format": 1}', "{not json", "[" * 100_000])
 def test_malformed_config_is_a_config_error(directory, text):
     (directory / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
