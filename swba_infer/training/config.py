@@ -60,8 +60,10 @@ class TrainConfig:
         for name in ("frames", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.minutes < 0:
-            raise ConfigError(f"minutes: expected at least 0, got {self.minutes}")
+        for name in ("minutes", "muon_lr", "adam_lr"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"{name}: expected a number of at least 0, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain dicts, for JSON."""

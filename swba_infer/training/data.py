@@ -26,15 +26,20 @@ class Episodes:
     """
 
     def __init__(self, folder: Path | str, name: str = "train", device: torch.device | str = "cpu") -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         paths = sorted(Path(folder).glob(f"{name}-*.safetensors"))
         if not paths:
             raise CheckpointError(f"data: expected files {name}-*.safetensors in {folder}, got none")
         lengths = []
         for path in paths:
-            with safe_open(str(path), "pt") as file:
-                lengths.append(file.get_slice("frames").get_shape())
+            try:
+                with safe_open(str(path), "pt") as file:
+                    lengths.append(file.get_slice("frames").get_shape())
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: expected a shard of recorded episodes, got {error}") from error
+        if len({tuple(shape[1:]) for shape in lengths}) > 1:
+            raise CheckpointError(f"data: expected frames of one size, got {[shape[1:] for shape in lengths]}")
         total = sum(shape[0] for shape in lengths)
         self.frames = torch.empty((total, *lengths[0][1:]), dtype=torch.uint8, device=device)
         self.actions = torch.empty(total, dtype=torch.int64, device=device)

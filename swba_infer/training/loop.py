@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..checkpoint import save_model
 from ..context import FullSequence
 from ..device import pick_device
+from ..errors import ConfigError, NumericsError
 from ..files import replacing
 from ..models.video_dit import VideoDiT, compile_layers
 from .config import PRESETS, TrainConfig, preset
@@ -39,6 +41,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, episodes: Episodes, out: Path | str, *, resume: bool = False) -> None:
+        _check_episodes(config, episodes)
         self.config, self.out = config, Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.device = episodes.frames.device
@@ -135,6 +138,11 @@ class Trainer:
                 values = self.advance()
                 if self.step % log_every == 0 or self.progress >= 1:
                     line = {name: round(float(value), 6) for name, value in values.items()}
+                    if not math.isfinite(line["loss"]):
+                        raise NumericsError(
+                            f"step {self.step}: expected a finite loss, got {line['loss']}; "
+                            "the state and the model are as they were last saved"
+                        )
                     self.seconds = time.perf_counter() - begin
                     rate = (self.step - first) / max(1e-9, time.perf_counter() - mark)
                     line = {
@@ -167,6 +175,8 @@ class Trainer:
 
     def finish(self, warm_seconds: float) -> dict[str, Any]:
         """Write the model directory, the state, train.json and loss.png."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.average.tensors.values()):
+            raise NumericsError(f"step {self.step}: expected finite weights, got NaN or infinity; nothing was written")
         export(self.out / "model", self.config, self.average)
         self.save()
         summary = {
@@ -187,6 +197,16 @@ class Trainer:
             path.write_text(json.dumps(summary, indent=2) + "\n")
         plot(self.out / "log.jsonl", self.out / "loss.png")
         return summary
+
+
+def _check_episodes(config: TrainConfig, episodes: Episodes) -> None:
+    """Raise ConfigError unless the model is one for these frames and actions."""
+    size = [config.model.height, config.model.width, config.model.channels]
+    if list(episodes.frames.shape[1:]) != size:
+        raise ConfigError(f"data: expected frames of the model's {size}, got {list(episodes.frames.shape[1:])}")
+    low, high = (int(x) for x in episodes.actions.aminmax())
+    if low < 0 or high >= config.model.actions:
+        raise ConfigError(f"data: expected actions from 0 to {config.model.actions - 1}, got {low} to {high}")
 
 
 def export(directory: Path, config: TrainConfig, average: Average, dtype: torch.dtype = torch.bfloat16) -> None:

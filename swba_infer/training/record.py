@@ -57,6 +57,14 @@ class RecordConfig:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
+def _check_scenario(name: str) -> None:
+    import vizdoom
+
+    known = sorted(path.stem for path in Path(vizdoom.scenarios_path).glob("*.cfg"))
+    if name not in known:
+        raise ConfigError(f"scenario: expected one of {known}, got {name!r}")
+
+
 def open_game(config: RecordConfig) -> Any:
     """Return an initialised, windowless `vizdoom.DoomGame`; close it after use."""
     import vizdoom
@@ -213,6 +221,11 @@ def record(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    if episodes < 0 or held_out < 0 or episodes + held_out < 1:
+        raise ConfigError(f"episodes: expected at least 1, training or held out, got {episodes} and {held_out}")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers: expected at least 1, got {workers}")
+    _check_scenario(config.scenario)
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     workers = workers or os.cpu_count() or 1

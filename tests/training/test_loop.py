@@ -10,7 +10,7 @@ import torch
 from swba_infer.checkpoint import load_model
 from swba_infer.config import StreamConfig
 from swba_infer.engine import StreamingEngine
-from swba_infer.errors import CheckpointError, ConfigError
+from swba_infer.errors import CheckpointError, ConfigError, NumericsError
 from swba_infer.models.video_dit import VideoDiTConfig, patchify
 from swba_infer.training.config import TrainConfig, preset
 from swba_infer.training.data import Episodes, Windows
@@ -179,6 +179,43 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
         assert values.min() > 0.6
         assert values.max() < 1.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"width": 48}, "data.*36"), ({"actions": 2}, "data.*0 to 1, got 0 to 2")]
+)
+def test_episodes_of_another_size_or_with_unknown_actions_are_refused(folder, change, message):
+    stream = replace(SMALL.stream, tokens_per_frame=8) if "width" in change else SMALL.stream
+    config = replace(SMALL, model=replace(SMALL.model, **change), stream=stream)
+    with pytest.raises(ConfigError, match=message):
+        Trainer(config, Episodes(folder), folder / "run")
+    assert not (folder / "run").exists()
+
+
+def test_a_damaged_shard_is_named(folder):
+    path = folder / "train-0000.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=path.name):
+        Episodes(folder)
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_diverged_run_stops_and_leaves_the_older_model(folder, log_every):
+    run = folder / "run"
+    Trainer(replace(SMALL, steps=2), Episodes(folder), run).run(quiet=True)
+    before = {path: path.read_bytes() for path in (run / "state.safetensors", *(run / "model").iterdir())}
+    trainer = Trainer(replace(SMALL, steps=4), Episodes(folder), run, resume=True)
+    with torch.no_grad():
+        trainer.model.embed.weight.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="finite"):
+        trainer.run(log_every=log_every, quiet=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("change", [{"minutes": float("nan")}, {"muon_lr": -1.0}, {"adam_lr": float("inf")}])
+def test_rates_and_limits_are_finite(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        replace(SMALL, **change)
 
 
 def test_presets_survive_json():

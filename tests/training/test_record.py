@@ -80,6 +80,24 @@ def test_walk_turns_away_from_a_near_wall():
     assert sum(a in (LEFT, RIGHT) for a in actions) > 150
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"episodes": -3}, "episodes"), ({"episodes": 0}, "episodes"), ({"workers": -1}, "workers")],
+)
+def test_bad_counts_are_named(tmp_path, change, message):
+    pytest.importorskip("vizdoom")
+    with pytest.raises(ConfigError, match=message):
+        record(tmp_path / "new", RecordConfig(frames=5), **{"episodes": 1, "held_out": 0, **change})
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_scenario_is_refused_with_the_known_ones(tmp_path):
+    pytest.importorskip("vizdoom")
+    with pytest.raises(ConfigError, match=r"scenario.*my_way_home.*nope"):
+        record(tmp_path / "new", RecordConfig(scenario="nope"), episodes=1, held_out=0)
+    assert not (tmp_path / "new").exists()
+
+
 def test_bad_sizes_are_named():
     with pytest.raises(ConfigError, match="frame_skip: expected at least 1, got 0"):
         RecordConfig(frame_skip=0)
