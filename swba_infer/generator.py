@@ -129,7 +129,7 @@ class VideoGenerator:
         self,
         context: np.ndarray | Tensor | None = None,
         context_actions: Iterable[int | str] | Tensor | None = None,
-        actions: Iterable[int | str] | None = None,
+        actions: Iterable[int | str] | Tensor | None = None,
         frames: int | None = None,
         seed: int | None = None,
         lane: int = 0,
@@ -149,8 +149,8 @@ class VideoGenerator:
             lane: which stream.
 
         Raises:
-            ConfigError: an argument is of the wrong type, shape or range; raised at the call, except for `actions`,
-                which are read as they are needed.
+            ConfigError: an argument is of the wrong type, shape or range; raised at the call, except for the single
+                actions, which are read as they are needed.
             NumericsError: with `check_finite`, NaN or infinity came up; names the frame; the frame is not committed.
         """
         lane = self._check_index("lane", lane, self.engine.lanes)
@@ -160,11 +160,12 @@ class VideoGenerator:
             raise ConfigError(f"seed: expected an int, got {seed!r}")
         if context is None and context_actions is not None:
             raise ConfigError("context_actions: expected None without context, got a value")
+        source = None if actions is None else iter(_plain_actions("actions", actions))
         start = None
         if context is not None:
             tensor = self._check_context(context)
             start = tensor, self._check_context_actions(context_actions, len(tensor))
-        return self._run(start, actions, frames, seed, lane)
+        return self._run(start, source, frames, seed, lane)
 
     def reset(self, lane: int | None = None) -> None:
         """Make one lane (None: all) an empty stream with seed 0."""
@@ -205,7 +206,7 @@ class VideoGenerator:
     def _run(
         self,
         start: tuple[Tensor, Tensor] | None,
-        actions: Iterable[int | str] | None,
+        source: Iterator[int | str] | None,
         frames: int | None,
         seed: int | None,
         lane: int,
@@ -214,7 +215,6 @@ class VideoGenerator:
             self._prefill(*start, lane, self._seed[lane] if seed is None else seed)
         if seed is not None:
             self._seed[lane] = seed
-        source = None if actions is None else iter(actions)
         left = frames
         while left is None or left > 0:
             count = self._block_frames(lane)
@@ -274,8 +274,12 @@ class VideoGenerator:
         return self._stream.frames_per_block
 
     def _check_context(self, context: Any) -> Tensor:
-        frames = torch.from_numpy(np.ascontiguousarray(context)) if isinstance(context, np.ndarray) else context
+        frames = context
         expected = f"uint8 [frames >= 1, {self.height}, {self.width}, 3]"
+        if isinstance(context, np.ndarray):
+            if context.dtype != np.uint8:
+                raise ConfigError(f"context: expected {expected}, got {context.dtype} {list(context.shape)}")
+            frames = torch.from_numpy(np.require(context, requirements=["C", "W"]))
         if not isinstance(frames, Tensor):
             raise ConfigError(f"context: expected {expected}, got {type(context).__name__}")
         if frames.dtype != torch.uint8 or frames.ndim != 4 or len(frames) == 0:
@@ -289,8 +293,7 @@ class VideoGenerator:
     def _check_context_actions(self, actions: Iterable[int | str] | Tensor | None, count: int) -> Tensor:
         if actions is None:
             return torch.full((count,), len(self.actions))
-        plain = actions.tolist() if isinstance(actions, Tensor) else actions
-        indices = [self.action_index(action) for action in plain]
+        indices = [self.action_index(action) for action in _plain_actions("context_actions", actions)]
         if len(indices) != count:
             raise ConfigError(f"context_actions: expected {count}, one per context frame, got {len(indices)}")
         return torch.tensor(indices)
@@ -301,3 +304,10 @@ class VideoGenerator:
             limit = "at least 0" if below is None else f"in 0 to {below - 1}"
             raise ConfigError(f"{name}: expected an int {limit}, got {value!r}")
         return value
+
+
+def _plain_actions(name: str, actions: Iterable[int | str] | Tensor) -> Iterable[int | str]:
+    plain: Any = actions.tolist() if isinstance(actions, Tensor) else actions
+    if isinstance(plain, str) or not isinstance(plain, Iterable):
+        raise ConfigError(f"{name}: expected names or indices, one for each frame, got {type(actions).__name__}")
+    return plain
