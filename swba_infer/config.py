@@ -12,6 +12,8 @@ from swba_kernels.pattern import BlockWindow
 
 from .errors import ConfigError
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamConfig:
@@ -111,5 +113,5 @@ def check_sizes(
         raise ConfigError(f"head_dim: expected a multiple of 8 up to 256, got {head_dim}")
     if not isinstance(stream, StreamConfig):
         raise ConfigError(f"stream: expected a StreamConfig, got {type(stream).__name__}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"dtype: expected a floating dtype, got {dtype}")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype: expected a floating dtype (float16, bfloat16, float32 or float64), got {dtype}")

@@ -11,8 +11,10 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     """Return the device; None means cuda if there is one, else cpu. Raise ConfigError if torch cannot use it."""
     try:
         picked = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device: expected cuda, cuda:0 or cpu, got {device!r}") from error
+    if picked.type not in ("cuda", "cpu"):
+        raise ConfigError(f"device: expected cuda, cuda:0 or cpu, got {str(device)!r}")
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
     return picked

@@ -53,7 +53,11 @@ class FlowSampler:
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(f"steps: expected an int of at least 1, got {self.steps!r}")
-        if not self.shift > 0:
+        for name in ("shift", "context_noise"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+        if not 0 < self.shift < float("inf"):
             raise ConfigError(f"shift: expected a positive number, got {self.shift!r}")
         if not 0 <= self.context_noise < 1:
             raise ConfigError(f"context_noise: expected a number in [0, 1), got {self.context_noise!r}")

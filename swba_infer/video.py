@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,7 +60,7 @@ def resize_frames(frames: np.ndarray, height: int, width: int, method: str = "ar
     """Resize uint8 [F, H, W, 3] to [F, height, width, 3]; `method` is "area", "nearest" or "bicubic"."""
     if method not in RESIZE:
         raise ConfigError(f"resize: expected one of {RESIZE}, got {method!r}")
-    image = _require("PIL.Image")
+    image = require("PIL.Image")
     how = {"area": image.Resampling.BOX, "nearest": image.Resampling.NEAREST, "bicubic": image.Resampling.BICUBIC}
     return np.stack([np.asarray(image.fromarray(frame).resize((width, height), how[method])) for frame in frames])
 
@@ -71,7 +72,7 @@ class VideoWriter:
 
     Args:
         path: of the video (mp4, mkv, mov); checked for writability at once.
-        fps: frames per second.
+        fps: frames per second, 0.001 to 1000.
         scale: integer enlargement, every pixel becomes scale x scale.
         crf: quality, 0 (lossless) to 51.
 
@@ -83,12 +84,12 @@ class VideoWriter:
         self.path = check_writable(path)
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise ConfigError(f"output: expected a name ending in one of {VIDEO_SUFFIXES}, got {self.path}")
-        if not fps > 0:
-            raise ConfigError(f"fps: expected a number above 0, got {fps!r}")
+        if not isinstance(fps, Real) or not 0.001 <= fps <= 1000:
+            raise ConfigError(f"fps: expected a number from 0.001 to 1000, got {fps!r}")
         if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
             raise ConfigError(f"scale: expected an int of at least 1, got {scale!r}")
         self.frames = 0
-        self._av = _require("av")
+        self._av = require("av")
         self._rate = Fraction(fps).limit_denominator(1000)
         self._scale, self._crf = scale, crf
         self._shape: tuple[int, ...] | None = None
@@ -106,7 +107,11 @@ class VideoWriter:
 
     def write(self, frame: np.ndarray) -> None:
         """Append one uint8 [H, W, 3] frame; all of one size."""
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        if self._container is None:
+            raise ConfigError("frame: expected a writer opened by a `with` block, got one that is not")
+        if not isinstance(frame, np.ndarray):
+            raise ConfigError(f"frame: expected a uint8 array [H, W, 3], got {type(frame).__name__}")
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or frame.size == 0:
             raise ConfigError(f"frame: expected uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}")
         if self._stream is None:
             self._stream = self._open_stream(frame)
@@ -162,7 +167,7 @@ def contact_sheet(
         raise ConfigError(f"frames: expected at least one frame and column, got {len(frames)} and {columns}")
     if labels is not None and len(labels) != len(frames):
         raise ConfigError(f"labels: expected {len(frames)}, got {len(labels)}")
-    image, draw = _require("PIL.Image"), _require("PIL.ImageDraw")
+    image, draw = require("PIL.Image"), require("PIL.ImageDraw")
     height, width = frames[0].shape[0] * scale, frames[0].shape[1] * scale
     gap, text = 2, 14 if labels is not None else 0
     rows = -(-len(frames) // columns)
@@ -178,7 +183,8 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
-def _require(module: str) -> Any:
+def require(module: str) -> Any:
+    """Import a module of the `video` extra; raise ConfigError saying how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -186,7 +192,7 @@ def _require(module: str) -> Any:
 
 
 def _read_image(path: Path) -> np.ndarray:
-    image = _require("PIL.Image")
+    image = require("PIL.Image")
     try:
         with image.open(path) as opened:
             return np.asarray(opened.convert("RGB"))
@@ -195,7 +201,7 @@ def _read_image(path: Path) -> np.ndarray:
 
 
 def _decode(path: Path, limit: int | None) -> list[np.ndarray]:
-    av = _require("av")
+    av = require("av")
     frames: list[np.ndarray] = []
     try:
         with av.open(str(path)) as container:
@@ -203,7 +209,7 @@ def _decode(path: Path, limit: int | None) -> list[np.ndarray]:
                 frames.append(frame.to_ndarray(format="rgb24"))
                 if limit is not None and len(frames) > limit:
                     del frames[0]
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise ConfigError(f"context: expected a readable video, got {path}: {error}") from error
     return frames
 

@@ -43,7 +43,10 @@ def test_a_perfect_model_is_sampled_exactly():
     assert torch.equal(x, clean)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": True}, {"shift": 0.0}, {"context_noise": 1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"steps": 0}, {"steps": True}, {"shift": 0.0}, {"context_noise": 1.0}, {"shift": "a"}, {"context_noise": "0"}],
+)
 def test_bad_settings_are_named(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         FlowSampler(**bad)

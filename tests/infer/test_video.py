@@ -102,7 +102,9 @@ def test_output_path_is_checked_before_anything_is_written(tmp_path):
         VideoWriter(tmp_path / "a.gif")
 
 
-@pytest.mark.parametrize("options", [{"scale": 0}, {"scale": True}, {"fps": 0}, {"fps": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"scale": 0}, {"scale": True}, {"fps": 0}, {"fps": float("nan")}, {"fps": float("inf")}]
+)
 def test_writer_rejects_bad_options(tmp_path, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         VideoWriter(tmp_path / "a.mp4", **options)
@@ -116,6 +118,10 @@ def test_writer_rejects_frames_that_do_not_fit(tmp_path, frames):
     ]:
         with pytest.raises(ConfigError, match=message):
             write(tmp_path / "a.mp4", [frames[0], bad])
+    with pytest.raises(ConfigError, match="list"):
+        write(tmp_path / "a.mp4", [[1, 2, 3]])
+    with pytest.raises(ConfigError, match="with"):
+        VideoWriter(tmp_path / "a.mp4").write(frames[0])
     with pytest.raises(ConfigError, match="even"):
         write(tmp_path / "a.mp4", frames[:, :23])
 
