@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
-    except (SwbaError, ValueError) as error:
+    except (SwbaError, ValueError, OSError) as error:
         print(f"swba-infer: {error}", file=sys.stderr)
         return 2
     except ImportError as error:

@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .files import check_writable
 from .generator import VideoGenerator
 from .progress import track
-from .video import RESIZE, VideoWriter, contact_sheet, read_frames, resize_frames
+from .video import RESIZE, VideoWriter, contact_sheet, read_frames, require, resize_frames
 
 DEMO_WALK = (
     "right*10, forward*16, left*12, forward*18, forward_left*8, forward*14, right*16, forward*16, forward_right*10, "
@@ -68,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"frames: expected at least 1, got {args.frames}")
     sheet = None if args.sheet is None else check_writable(args.sheet)
     check_writable(args.out)
+    if sheet is not None:
+        require("PIL.Image")
+        if sheet.resolve() == args.out.resolve():
+            raise ConfigError(f"sheet: expected another file than the video, got {sheet} for both")
     directory = resolve_directory(args.model)
     started = time.perf_counter()
     generator = VideoGenerator.from_pretrained(
@@ -121,6 +125,11 @@ def _context(
     if args.context == "none":
         return None, None
     if args.context == "demo":
+        if not (directory / "context.safetensors").is_file():
+            raise ConfigError(
+                f"context: expected a model with recorded frames, got {directory}, which has none; "
+                "--context takes a video, images or none"
+            )
         return load_context(directory)
     frames = read_frames(args.context)
     if args.resize and frames.shape[1:3] != (generator.height, generator.width):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from swba_infer.actions import parse_actions, read_actions
 from swba_infer.cli import COMMANDS, main
@@ -80,6 +82,9 @@ def test_context_of_another_size_is_refused_unless_resized(tiny_model, tmp_path,
         (("--sheet", "{folder}/file/a.png"), "writable"),
         (("--model", "no-such-model"), "no-such-model"),
         (("--device", "nonsense"), "nonsense"),
+        (("--device", "meta"), "meta"),
+        (("--fps", "inf"), "fps"),
+        (("--out", "b.mp4", "--sheet", "b.mp4"), "another file"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(tiny_model, tmp_path, capsys, monkeypatch, options, message):
@@ -91,6 +96,20 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny_model, tmp_path, capsy
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_model_without_recorded_frames_says_what_else_context_takes(tiny_model, tmp_path, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("context.safetensors"))
+    assert generate(model, tmp_path / "a.mp4", "--frames", "2") == 2
+    assert "--context takes a video, images or none" in capsys.readouterr().err
+    assert generate(model, tmp_path / "a.mp4", "--frames", "2", "--context", "none") == 0
+
+
+def test_a_sheet_without_pillow_is_refused_before_the_video(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert generate(tiny_model, tmp_path / "a.mp4", "--frames", "2", "--sheet", str(tmp_path / "a.png")) == 2
+    assert "pip install" in capsys.readouterr().err
+    assert not (tmp_path / "a.mp4").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
@@ -119,6 +138,22 @@ def test_help_explains_every_command(command, capsys):
         main([*command, "--help"])
     assert stop.value.code == 0
     assert "usage: swba-infer" in capsys.readouterr().out
+
+
+def test_an_unwritable_folder_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    data = tmp_path / "data"
+    data.mkdir()
+    tensors = {
+        "frames": np.zeros((9, 72, 96, 3), np.uint8),
+        "actions": np.zeros(9, np.int64),
+        "starts": np.array([0, 9]),
+        "seeds": np.array([0]),
+    }
+    save_file(tensors, data / "train-0000.safetensors")
+    options = ["--preset", "tiny", "--device", "cpu", "--data", str(data), "--out", str(tmp_path / "file" / "run")]
+    assert main(["train", *options]) == 2
+    assert "file" in capsys.readouterr().err
 
 
 def test_no_command_prints_the_help(capsys):
