@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_model
+from ..checkpoint import load_model, resolve_directory
 from ..device import pick_device
 from ..engine import StreamingEngine
+from ..errors import ConfigError
 from ..files import replacing
 from ..models.video_dit import patchify, unpatchify
 from ..sampling import FlowSampler
@@ -330,7 +331,7 @@ class Evaluation:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the evaluation's options."""
     parser.add_argument(
-        "--model", type=Path, default=Path("runs/world/model"), help="model directory (default: %(default)s)"
+        "--model", default="runs/world/model", help="shipped model or model directory (default: %(default)s)"
     )
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="recorded episodes (default: %(default)s)")
     parser.add_argument(
@@ -345,10 +346,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the parsed options ask for."""
+    for name in ("lanes", "frames", "context"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {getattr(args, name)}")
+    model = resolve_directory(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     evaluation = Evaluation(
-        args.model, args.data, args.out, device, dtype, lanes=args.lanes, length=args.frames, context=args.context
+        model, args.data, args.out, device, dtype, lanes=args.lanes, length=args.frames, context=args.context
     )
     with torch.inference_mode():
         result = evaluation.run(sweep=not args.no_sweep)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from swba_infer.errors import ConfigError
 from swba_infer.training import metrics
 from swba_infer.training.record import FORWARD, LEFT, RIGHT
 
@@ -76,3 +77,14 @@ def test_record_train_and_evaluate_work_as_commands(tmp_path, capsys):
     assert (out / "eval" / "contact.png").is_file()
     assert (out / "eval" / "rollouts.png").is_file()
     assert "next_frame" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--lanes", "--frames", "--context"])
+def test_evaluation_refuses_counts_below_one_before_it_starts(tmp_path, option):
+    from swba_infer.training import evaluate
+
+    with pytest.raises(ConfigError, match=option[2:]):
+        evaluate.main(["--out", str(tmp_path / "out"), option, "0"])
+    with pytest.raises(ConfigError, match="shipped models"):
+        evaluate.main(["--model", "nope", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
