@@ -15,7 +15,8 @@ from torch import Tensor
 import swba_kernels
 
 from .block import Block, BlockTensors, StagedTokens, check_qkv, normalise_lanes, step_tokens
-from .config import StreamConfig, check_sizes
+from .config import StreamConfig, check_impl, check_sizes
+from .device import pick_device
 from .errors import StreamStateError
 from .snapshot import RingSnapshot
 
@@ -61,6 +62,8 @@ class RingKVCache:
         impl: str = "auto",
     ) -> None:
         check_sizes(layers, lanes, kv_heads, head_dim, stream, dtype)
+        device = pick_device(device)
+        check_impl(impl, device, dtype)
         self.layers, self.lanes, self.kv_heads, self.head_dim = layers, lanes, kv_heads, head_dim
         self.stream, self.dtype, self.impl = stream, dtype, impl
         self.window, self.sink, self.capacity = stream.window_tokens, stream.sink_tokens, stream.capacity_tokens
@@ -176,10 +179,12 @@ class RingKVCache:
         for lane in self._rows(chosen):
             self._position[lane] = self._written_end[lane] = 0
 
-    def fork(self, src: int, dst: int | Sequence[int]) -> None:
-        """Copy lane `src` into the lane(s) `dst`."""
+    def fork(self, src: int, dst: int | Sequence[int]) -> tuple[int, ...]:
+        """Copy lane `src` into the lane(s) `dst`; return those lanes."""
+        if dst is None:
+            raise StreamStateError("dst: expected a lane or lanes, got None")
         (source,) = self._rows(self.normalise_lanes((src,)))
-        targets = self._rows(self.normalise_lanes(dst))
+        targets = tuple(self._rows(self.normalise_lanes(dst)))
         self.abort()
         used = self.used_slots((source,))
         for lane in targets:
@@ -190,6 +195,7 @@ class RingKVCache:
             self.position_tensor[lane : lane + 1].copy_(self.position_tensor[source : source + 1])
             self._position[lane] = self._position[source]
             self._written_end[lane] = self._written_end[source]
+        return targets
 
     def snapshot(self, device: torch.device | str | None = None) -> RingSnapshot:
         """Copy the stream, without a block under way, to `device` (default: where it lives)."""
@@ -198,6 +204,8 @@ class RingKVCache:
 
     def restore(self, snapshot: RingSnapshot) -> None:
         """Return to a snapshot of this cache or of one with the same arguments."""
+        if not isinstance(snapshot, RingSnapshot):
+            raise StreamStateError(f"snapshot: expected a RingSnapshot, got {type(snapshot).__name__}")
         snapshot.check(self)
         self.abort()
         used = snapshot.k.shape[3]

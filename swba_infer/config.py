@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from swba_kernels.choice import resolve
 from swba_kernels.pattern import BlockWindow
 
 from .errors import ConfigError
@@ -113,5 +114,18 @@ def check_sizes(
         raise ConfigError(f"head_dim: expected a multiple of 8 up to 256, got {head_dim}")
     if not isinstance(stream, StreamConfig):
         raise ConfigError(f"stream: expected a StreamConfig, got {type(stream).__name__}")
+    check_dtype(dtype)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ConfigError unless keys and values can have this dtype."""
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype: expected a floating dtype (float16, bfloat16, float32 or float64), got {dtype}")
+
+
+def check_impl(impl: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError unless the implementation asked for can serve a ring of this dtype on this device."""
+    try:
+        resolve(impl, torch.empty(0, dtype=dtype, device=device), "decode")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error

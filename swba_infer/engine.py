@@ -17,8 +17,9 @@ from torch import Tensor
 from .block import Block
 from .cache import RingKVCache
 from .conditioning import accepted_names, read_conditioning
-from .config import StreamConfig
+from .config import StreamConfig, check_dtype
 from .context import Streaming, StreamingModel
+from .device import pick_device
 from .errors import ConfigError, NumericsError, StreamStateError
 from .graph import StepGraphs
 from .snapshot import RingSnapshot
@@ -35,7 +36,8 @@ class EngineSnapshot(NamedTuple):
 class StreamingEngine:
     """Stream a model frame by frame: prefill what came before, then step.
 
-    A step or prefill that raises leaves the stream as it was. Not thread-safe.
+    A step or prefill that raises leaves the stream as it was; after a failed step on a full ring, a shorter one is
+    refused, because the failed one has overwritten what only the shorter one could see. Not thread-safe.
 
     Args:
         model: a `StreamingModel`, usually a `torch.nn.Module`; it is moved to `device` and `dtype` where these are
@@ -113,9 +115,9 @@ class StreamingEngine:
         given = read_conditioning(conditioning, self._names)
         try:
             block = self.cache.open(tokens.shape[1], chosen, prefill=True)
-            out = self._check_output(self._forward(tokens, block, given.tensors(self.device)), block)
+            out = self._check_output(self._forward(tokens, block, given.tensors(self.device)), block).clone()
             self.cache.commit()
-            return out.clone()
+            return out
         except BaseException:
             self.cache.roll_back()
             raise
@@ -187,8 +189,7 @@ class StreamingEngine:
 
     def fork(self, src: int, dst: int | Sequence[int]) -> None:
         """Copy lane `src`, its lane state included, into the lane(s) `dst`."""
-        self.cache.fork(src, dst)
-        for lane in (dst,) if isinstance(dst, int) else dst:
+        for lane in self.cache.fork(src, dst):
             for buffer in self._state.values():
                 buffer[lane].copy_(buffer[src].clone())
 
@@ -274,6 +275,9 @@ def _place(
     model: Any, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device | str, torch.dtype]:
     """Put a module where it shall run, and return where that is."""
+    device = None if device is None else pick_device(device)
+    if dtype is not None:
+        check_dtype(dtype)
     if not isinstance(model, torch.nn.Module):
         return "cpu" if device is None else device, torch.get_default_dtype() if dtype is None else dtype
     if device is not None or dtype is not None:

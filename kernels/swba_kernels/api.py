@@ -119,7 +119,7 @@ def prefill_attention(
         )
     name = resolve(impl, q, "prefill")
     out, lse = torch.ops.swba.prefill(
-        q, k, v, k_ring, v_ring, position, lanes, _scale(sm_scale, q),
+        q.detach(), k.detach(), v.detach(), k_ring.detach(), v_ring.detach(), position, lanes, _scale(sm_scale, q),
         pattern.block_size, pattern.window, pattern.sink, pattern.grid_start,
         name, return_lse,
     )  # fmt: skip
@@ -169,7 +169,9 @@ def window_decode_attention(
         sizes = {"rows": rows, "heads": heads, "tokens": tokens, "slots": k_ring.shape[2], "head_dim": head_dim}
         if prefers_torch_decode(q.device, q.dtype, **sizes, impl=impl):
             name = "cudnn"
-    out, lse = torch.ops.swba.decode(q, k_ring, v_ring, valid, lanes, _scale(sm_scale, q), full, name, return_lse)
+    out, lse = torch.ops.swba.decode(
+        q.detach(), k_ring.detach(), v_ring.detach(), valid, lanes, _scale(sm_scale, q), full, name, return_lse,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
