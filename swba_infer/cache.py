@@ -18,7 +18,7 @@ from .block import Block, BlockTensors, StagedTokens, check_qkv, normalise_lanes
 from .config import StreamConfig, check_impl, check_sizes
 from .device import pick_device
 from .errors import StreamStateError
-from .snapshot import RingSnapshot
+from .snapshot import RingSnapshot, copy_layers
 
 _LANE_INDICES_KEPT = 256
 
@@ -199,7 +199,8 @@ class RingKVCache:
 
     def snapshot(self, device: torch.device | str | None = None) -> RingSnapshot:
         """Copy the stream, without a block under way, to `device` (default: where it lives)."""
-        k, v = self._used(self.k, device), self._used(self.v, device)
+        used = self.used_slots()
+        k, v = (copy_layers(ring[..., :used, :], device) for ring in (self.k, self.v))
         return RingSnapshot(self.stream, k, v, self.position, self.written_end)
 
     def restore(self, snapshot: RingSnapshot) -> None:
@@ -370,14 +371,6 @@ class RingKVCache:
 
     def _follow_host(self) -> None:
         self.position_tensor.copy_(torch.tensor(self._position, dtype=torch.int64))
-
-    def _used(self, ring: Tensor, device: torch.device | str | None) -> Tensor:
-        used = ring[..., : self.used_slots(), :]
-        with torch.inference_mode(False):
-            copy = torch.empty(used.shape, dtype=ring.dtype, device=self.device if device is None else device)
-            for layer in range(self.layers):
-                copy[layer].copy_(used[layer])
-        return copy
 
     def _rows(self, lanes: Sequence[int] | None) -> Sequence[int]:
         return range(self.lanes) if lanes is None else lanes

@@ -67,7 +67,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, str | None]:
         subparser = subparsers.add_parser(name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == chosen:
             module = command.load()
-            subparser.description = (module.__doc__ or "").strip()
+            subparser.description = getattr(module, "DESCRIPTION", module.__doc__ or "").strip()
             subparser.epilog = getattr(module, "EXAMPLES", None)
             module.add_arguments(subparser)
     return parser, chosen if chosen in COMMANDS else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .config import StreamConfig
@@ -37,3 +38,12 @@ class RingSnapshot(NamedTuple):
                 raise StreamStateError(
                     f"snapshot.{name}: expected {expected} of {cache.dtype}, got {list(ring.shape)} of {ring.dtype}"
                 )
+
+
+def copy_layers(ring: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Copy a ring [layers, ...] to `device` (default: where it is), one layer at a time to save memory."""
+    with torch.inference_mode(False):
+        copy = torch.empty(ring.shape, dtype=ring.dtype, device=ring.device if device is None else device)
+        for target, source in zip(copy, ring, strict=True):
+            target.copy_(source)
+    return copy

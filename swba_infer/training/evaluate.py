@@ -30,6 +30,10 @@ from . import metrics
 from .data import Episodes
 from .record import FORWARD, FORWARD_LEFT, FORWARD_RIGHT, LEFT, RIGHT, WAIT
 
+DESCRIPTION = """Measure a trained world on held-out episodes and draw contact sheets.
+
+Next frame: the model continues real history by one frame at a time, against copying the last frame. Rollouts: many
+streams at once run on their own pictures, half with the actions of the held-out episodes, half with random turns."""
 SWEEP_STEPS = (1, 2, 3, 4)
 SWEEP_NOISE = (0.0, 0.05, 0.1, 0.2)
 

@@ -1,7 +1,7 @@
 """The training loop: one call trains, logs, saves its state, and leaves a model directory with the averaged weights.
 
-Files in the output folder: model/ (config.json and bfloat16 safetensors), state.safetensors (to resume), log.jsonl (one
-line every few steps), train.json (configuration and outcome), loss.png.
+Files in the output folder: model/ (config.json, bfloat16 safetensors, a few recorded frames to start from),
+state.safetensors (to resume), log.jsonl (one line every few steps), train.json (configuration and outcome), loss.png.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import save_model
+from ..checkpoint import save_context, save_model
 from ..context import FullSequence
 from ..device import pick_device
 from ..errors import ConfigError, NumericsError
@@ -178,6 +178,9 @@ class Trainer:
         if not all(bool(torch.isfinite(p).all()) for p in self.average.tensors.values()):
             raise NumericsError(f"step {self.step}: expected finite weights, got NaN or infinity; nothing was written")
         export(self.out / "model", self.config, self.average)
+        frames, actions = self.windows.episodes.episode(0)
+        first = self.config.stream.window_frames
+        save_context(self.out / "model", frames[:first].cpu(), actions[:first].cpu())
         self.save()
         summary = {
             "config": self.config.to_dict(),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from swba_infer.checkpoint import load_model
+from swba_infer.checkpoint import load_context, load_model
 from swba_infer.config import StreamConfig
 from swba_infer.engine import StreamingEngine
 from swba_infer.errors import CheckpointError, ConfigError, NumericsError
@@ -60,6 +60,7 @@ def test_loss_falls_checkpoint_loads_and_the_model_streams(folder):
     assert (out / "loss.png").stat().st_size > 1000
 
     loaded = load_model(out / "model", dtype=torch.float32, check_finite=True)
+    assert len(load_context(out / "model").frames) == loaded.stream.window_frames
     frames, actions = Episodes(folder, "held").episode(2)
     world = World(StreamingEngine(loaded.model, loaded.stream, lanes=2), SMALL.sampler)
     world.start(frames[None, :5].repeat(2, 1, 1, 1, 1), actions[:5].repeat(2, 1))
