@@ -26,8 +26,8 @@ import numpy as np
 from ..errors import ConfigError
 
 TICS_PER_SECOND = 35
-DESCRIPTION = """Record first-person gameplay with ViZDoom, without a window or a network: frames, and the action that led
-to each of them.
+DESCRIPTION = """Record first-person gameplay with ViZDoom, without a window or a network: frames, and the action
+that led to each of them.
 
 The same seeds give the same pictures. Training episodes take seeds from 0 on, held-out episodes from 1,000,000 on."""
 HELD_OUT_SEED = 1_000_000
