@@ -31,6 +31,9 @@ def block_window_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute softmax(q k^T * sm_scale) v over the keys that `pattern` lets each query see. Differentiable.
 
+    Inputs are expected to be finite: the Triton kernels may process blocks smaller than a tile together, and a NaN in a
+    key of one such block then reaches its neighbours in the tile (0 x NaN).
+
     Args:
         q: [B, H, N, D]; fp16, bf16, fp32 (or fp64 on a CPU); D a multiple of 8 up to 256.
         k, v: [B, Hkv, N, D], where Hkv divides H; query head h reads key/value head h // (H // Hkv).
