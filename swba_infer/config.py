@@ -93,14 +93,20 @@ class StreamConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamConfig:
         """Build from a dict such as `to_dict` returns; unknown or missing keys raise ConfigError."""
-        names = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ConfigError(f"stream: expected only the keys {names}, got {unknown}")
+        names = check_keys("stream", cls, values)
         missing = [name for name in names[:3] if name not in values]
         if missing:
             raise ConfigError(f"stream: expected the keys {names[:3]}, {missing} missing")
         return cls(**values)
+
+
+def check_keys(name: str, config: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return the field names of a dataclass; raise ConfigError if `values` has other keys."""
+    names = [field.name for field in fields(config)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ConfigError(f"{name}: expected only the keys {names}, got {unknown}")
+    return names
 
 
 def check_sizes(

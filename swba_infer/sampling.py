@@ -6,12 +6,13 @@ Noise level t in [0, 1]: x_t = (1 - t) x_0 + t eps; t = 0 is clean, t = 1 is pur
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import check_keys
 from .errors import ConfigError
 
 _MASK = (1 << 64) - 1
@@ -96,8 +97,5 @@ class FlowSampler:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FlowSampler:
         """Build from a dict such as `to_dict` returns; unknown keys raise ConfigError."""
-        names = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ConfigError(f"sampler: expected only the keys {names}, got {unknown}")
+        check_keys("sampler", cls, values)
         return cls(**values)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import check_keys
 from ..context import AttentionContext
 from ..errors import ConfigError
 from ..rope import apply_rope, grid_positions, rope_angles
@@ -93,10 +94,7 @@ class VideoDiTConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VideoDiTConfig:
         """Build from a dict such as `to_dict` returns; unknown keys raise ConfigError."""
-        names = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ConfigError(f"model: expected only the keys {names}, got {unknown}")
+        check_keys("model", cls, values)
         return cls(**values)
 
 

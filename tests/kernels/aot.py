@@ -79,3 +79,17 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def matches(names: list[str], pattern: str, kind: str) -> dict[str, str]:
     """Give every argument whose name matches `pattern` the type `kind`."""
     return {x: kind for x in names if re.fullmatch(pattern, x)}
+
+
+def check_limits(case: Case, arch: int, spills: int) -> None:
+    """Assert that `case` fits the shared memory of sm_<arch> and spills at most `spills` bytes a thread."""
+    report = compile_case(case, arch)
+    assert report.shared <= SHARED_LIMIT[arch], report.shared
+    assert report.spills <= spills, report.spills
+
+
+def check_hopper_instructions(case: Case) -> None:
+    """Assert that `case` runs on sm_90's own matmul instruction and copies asynchronously."""
+    ptx = compile_case(case, 90).ptx
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.cg.shared.global" in ptx

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from aot import SHARED_LIMIT, Case, compile_case
+from aot import SHARED_LIMIT, Case, check_hopper_instructions, check_limits
 
 from swba_kernels.portable import decode, ring
 from swba_kernels.portable.tiles import padded_head_dim
@@ -63,14 +63,10 @@ def table() -> list[tuple[int, Case, int]]:
 @pytest.mark.aot
 @pytest.mark.parametrize(("arch", "case", "spills"), [pytest.param(*x, id=f"sm_{x[0]} {x[1].name}") for x in table()])
 def test_kernel_compiles_within_its_limits(arch: int, case: Case, spills: int) -> None:
-    report = compile_case(case, arch)
-    assert report.shared <= SHARED_LIMIT[arch], report.shared
-    assert report.spills <= spills, report.spills
+    check_limits(case, arch, spills)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_decode_on_hopper_uses_its_matmul_instruction_and_asynchronous_copies(head_dim: int) -> None:
-    ptx = compile_case(decode_case(90, head_dim, "bf16", 9999), 90).ptx
-    assert "wgmma.mma_async" in ptx
-    assert "cp.async.cg.shared.global" in ptx
+    check_hopper_instructions(decode_case(90, head_dim, "bf16", 9999))

@@ -6,7 +6,6 @@ R = G * N query rows of one key/value head.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2E = math.log2(math.e)
+from .forward import LOG2E, dense_rows
+from .tiles import padded_head_dim
 
 
 @triton.jit
@@ -296,9 +296,9 @@ def decode(
     """
     batch, heads, n, d = q.shape
     kv_heads, capacity = k_ring.shape[1], k_ring.shape[2]
-    q, k_ring, v_ring = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_ring, v_ring))
+    q, k_ring, v_ring = dense_rows(q), dense_rows(k_ring), dense_rows(v_ring)
     group = heads // kv_heads
-    block_d = max(16, triton.next_power_of_2(d))
+    block_d = padded_head_dim(d)
     sms, shared_memory = _gpu(q.device)
     if tile is None:
         tile = decode_tile(group * n, block_d, q.element_size(), shared_memory)
@@ -326,7 +326,7 @@ def decode(
         part_lse,
         valid,
         valid if lanes is None else lanes,
-        scale * _LOG2E,
+        scale * LOG2E,
         batch,
         kv_heads,
         group,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import padded_head_dim
+
 
 @triton.jit(do_not_specialize=["n", "tiles", "sink", "window"])
 def _ring_write_kernel(
@@ -89,7 +91,7 @@ def ring_write(
         sink: slots that are written once; the other S - sink form the ring.
     """
     batch, kv_heads, n, d = k.shape
-    block_d = max(16, triton.next_power_of_2(d))
+    block_d = padded_head_dim(d)
     block_n = max(8, 2048 // block_d)
     tiles = triton.cdiv(n, block_n)
     _ring_write_kernel[(tiles * kv_heads * batch,)](

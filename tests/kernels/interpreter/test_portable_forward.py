@@ -11,26 +11,11 @@ from swba_kernels.reference import block_window_reference, prefill_reference
 pytest.importorskip("triton")
 
 from poison import embed, relative_error
+from small_problems import CASES, TILE
 from tolerance import assert_close
 
 from swba_kernels.portable.forward import Ring, forward
 from swba_kernels.portable.tiles import Tile
-
-TILE = Tile(16, 16, 4, 2)
-
-# tokens, block_size, window, sink, first_block, heads, kv heads, head dim
-CASES = [
-    (37, 1, 1, 0, 0, 1, 1, 16),
-    (50, 1, 9, 3, 1, 2, 1, 8),
-    (70, 7, 20, 3, 2, 2, 1, 24),
-    (64, 16, 48, 0, 0, 2, 2, 16),
-    (150, 64, 100, 10, 5, 1, 1, 64),
-    (200, 96, 96, 0, 0, 1, 1, 16),
-    (130, 64, 128, 64, 0, 2, 2, 80),
-    (210, 200, 300, 20, 3, 1, 1, 16),
-    (120, 20, 50, 47, 7, 4, 2, 16),
-    (1, 5, 5, 5, 5, 1, 1, 16),
-]
 
 
 def run(pattern: BlockWindow, q, k, v, **options):
