@@ -63,7 +63,7 @@ class RingKVCache:
     ) -> None:
         check_sizes(layers, lanes, kv_heads, head_dim, stream, dtype)
         device = pick_device(device)
-        check_impl(impl, device, dtype)
+        check_impl(impl, device, dtype, head_dim)
         self.layers, self.lanes, self.kv_heads, self.head_dim = layers, lanes, kv_heads, head_dim
         self.stream, self.dtype, self.impl = stream, dtype, impl
         self.window, self.sink, self.capacity = stream.window_tokens, stream.sink_tokens, stream.capacity_tokens

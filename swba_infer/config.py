@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swba_kernels.choice import resolve
+from swba_kernels.choice import check_served
 from swba_kernels.pattern import BlockWindow
 
 from .errors import ConfigError
@@ -129,9 +129,9 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise ConfigError(f"dtype: expected a floating dtype (float16, bfloat16, float32 or float64), got {dtype}")
 
 
-def check_impl(impl: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ConfigError unless the implementation asked for can serve a ring of this dtype on this device."""
+def check_impl(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raise ConfigError unless the implementation asked for can serve such a ring on this device."""
     try:
-        resolve(impl, torch.empty(0, dtype=dtype, device=device), "decode")
+        check_served(impl, torch.empty((0, 0, 0, head_dim), dtype=dtype, device=device), "decode")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from error

@@ -28,6 +28,7 @@ def block_window_attention(
     sm_scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute softmax(q k^T * sm_scale) v over the keys that `pattern` lets each query see. Differentiable.
 
@@ -40,7 +41,10 @@ def block_window_attention(
         pattern: who sees whom, in tokens.
         sm_scale: factor on the scores, 1/sqrt(D) by default.
         return_lse: also return the natural log-sum-exp of the scaled scores; no gradient flows through it.
-        impl: "auto", or "triton" or "sdpa", which run or raise.
+        impl: "auto", or "hopper", "triton" or "sdpa", which run or raise.
+        deterministic: False lets "hopper" add up dq in an order that differs from run to run (in float32), where that
+            is faster; every other gradient is the same, bit for bit, from run to run. torch's own
+            `use_deterministic_algorithms(True)` overrules False.
 
     Returns:
         out [B, H, N, D] with the dtype and layout of q; with `return_lse` also lse [B, H, N] in float32.
@@ -50,11 +54,13 @@ def block_window_attention(
     """
     _check_pattern(pattern)
     _check_qkv(q, k, v)
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic: expected a bool, got {type(deterministic).__name__}")
     name = resolve(impl, q, "forward")
     out, lse = torch.ops.swba.forward(
         q, k, v, _scale(sm_scale, q),
         pattern.block_size, pattern.window, pattern.sink, pattern.grid_start,
-        name, return_lse,
+        name, return_lse, deterministic,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -149,7 +155,8 @@ def window_decode_attention(
         valid: int64 [B] from 1 to S, read on the device.
         lanes: int64 [B], the ring lane of each row; None where row b reads lane b.
         full: the caller knows on the host that valid[b] == S for all rows; lets "auto" use torch's cuDNN attention
-            where that was measured faster (`prefers_torch_decode`). Its rounding differs from the kernel's here.
+            where that was measured faster (`prefers_torch_decode`; nowhere that the Hopper kernels run). Its rounding
+            differs from the kernel's here.
         sm_scale, return_lse, impl: as in `block_window_attention`.
 
     Returns:
@@ -201,7 +208,7 @@ def ring_write(
         position: int64 [B], tokens of each row before the call.
         sink: leading slots that are kept for ever, less than S.
         lanes: int64 [B] without repeats, the ring lane of each row; None where row b writes lane b.
-        impl: "auto", or "triton" or "sdpa", which run or raise.
+        impl: "auto", or "hopper" (the same copy as "triton"), "triton" or "sdpa", which run or raise.
 
     Raises:
         TypeError, ValueError: an argument is not as described. Values on a GPU (position, lanes) are not checked.

@@ -3,23 +3,35 @@
 B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N new tokens, S ring slots, D head dim.
 
 Sizes are SymInt, so that torch.compile can leave them dynamic. `impl` names the implementation, already resolved:
-"triton" or "sdpa", or for decode "cudnn" (full rings, no lanes, no log-sum-exp). `need_lse=False` lets an
-implementation that would have to compute the log-sum-exp apart leave it out: `lse` is then [B, H, 0].
+"hopper", "triton" or "sdpa", or for decode "cudnn" (full rings, no lanes, no log-sum-exp). "hopper-or-triton" leaves to
+each call, as it runs, which of the two suits its tensors and sizes; both save the same log-sum-exp, so a backward may
+run on the other one. `need_lse=False` lets an implementation that would have to compute the log-sum-exp apart leave it
+out: `lse` is then [B, H, 0].
 """
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .choice import HOPPER_OR_TRITON
+
+_LOG = logging.getLogger("swba_kernels")
+_HOPPER = ("hopper", HOPPER_OR_TRITON)
+_TRITON = ("triton", HOPPER_OR_TRITON)
 _PATTERN = "float scale, SymInt block_size, SymInt window, SymInt sink, SymInt grid_start"
 _LIBRARY = torch.library.Library("swba", "DEF")
-_LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_PATTERN}, str impl, bool need_lse) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"forward(Tensor q, Tensor k, Tensor v, {_PATTERN}, str impl, bool need_lse, bool deterministic) "
+    "-> (Tensor, Tensor)"
+)
 _LIBRARY.define(
     "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PATTERN}, str impl) -> (Tensor, Tensor, Tensor)"
+    f"{_PATTERN}, str impl, bool deterministic) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "prefill(Tensor q, Tensor k, Tensor v, Tensor k_ring, Tensor v_ring, Tensor position, Tensor? lanes, "
@@ -44,13 +56,48 @@ def _pattern(block_size: int, window: int, sink: int, grid_start: int) -> dict[s
     return {"block_size": block_size, "window": window, "sink": sink, "grid_start": grid_start}
 
 
+def _on_hopper(impl: str, op: str, block_size: int, *tensors: Tensor) -> bool:
+    """Tell whether this call runs the Hopper kernels; "hopper" asked for by name runs them or raises."""
+    if impl not in _HOPPER:
+        return False
+    from .hopper import supports
+
+    obstacle = supports.obstacle(*tensors)
+    if impl == "hopper":
+        if obstacle:
+            raise ValueError(f"impl: expected an implementation that can run here, got 'hopper' for {op}: {obstacle}")
+        return True
+    obstacle = obstacle or supports.small_block(op, block_size)
+    if obstacle:
+        _log_once(op, obstacle)
+    return not obstacle
+
+
+@lru_cache(1024)
+def _log_once(op: str, obstacle: str) -> None:
+    _LOG.debug("%s: triton (Hopper kernels do not serve this call: %s)", op, obstacle)
+
+
+def _for_tma(impl: str, x: Tensor) -> Tensor:
+    """Return x, or a copy that TMA can read where x is an incoming gradient, whose layout no caller chooses."""
+    if impl not in _HOPPER:
+        return x
+    from .hopper.supports import tma_strides
+
+    return x if tma_strides(x) and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int, window: int, sink: int, grid_start: int,
-    impl: str, need_lse: bool,
+    impl: str, need_lse: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = _dense(q), _dense(k), _dense(v)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if impl == "triton":
+    if _on_hopper(impl, "forward", block_size, q, k, v):
+        from .hopper.forward import forward
+
+        return forward(q, k, v, scale=scale, **pattern)
+    if impl in _TRITON:
         from .portable.forward import forward
 
         return forward(q, k, v, scale=scale, **pattern)
@@ -61,11 +108,16 @@ def _forward(
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str,
+    scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
+    dout, q, k, v = _for_tma(impl, _dense(dout)), _dense(q), _dense(k), _dense(v)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if impl == "triton":
+    if _on_hopper(impl, "backward", block_size, dout, q, k, v, out):
+        from .hopper.backward import backward
+
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        return backward(dout, q, k, v, out, lse, scale=scale, deterministic=deterministic, **pattern)
+    if impl in _TRITON:
         from .portable.backward import backward
 
         return backward(dout, q, k, v, out, lse, scale=scale, **pattern)
@@ -80,7 +132,12 @@ def _prefill(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = _dense(q), _dense(k), _dense(v)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if impl == "triton":
+    if _on_hopper(impl, "prefill", block_size, q, k, v, k_ring, v_ring):
+        from .hopper.forward import forward
+        from .portable.forward import Ring
+
+        return forward(q, k, v, scale=scale, ring=Ring(k_ring, v_ring, position, lanes), **pattern)
+    if impl in _TRITON:
         from .portable.forward import Ring, forward
 
         return forward(q, k, v, scale=scale, ring=Ring(k_ring, v_ring, position, lanes), **pattern)
@@ -94,7 +151,11 @@ def _decode(
     scale: float, full: bool, impl: str, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q = _dense(q)
-    if impl == "triton":
+    if _on_hopper(impl, "decode", q.shape[2], q, k_ring, v_ring):
+        from .hopper.decode import decode
+
+        return decode(q, k_ring, v_ring, valid, lanes, scale=scale)
+    if impl in _TRITON:
         from .portable.decode import decode
 
         return decode(q, k_ring, v_ring, valid, lanes, scale=scale)
@@ -120,13 +181,13 @@ def _ring_write(
 
 def _fake_out(q: Tensor, impl: str, need_lse: bool) -> tuple[Tensor, Tensor]:
     q = _dense(q)
-    rows = q.shape[2] if need_lse or impl == "triton" else 0
+    rows = q.shape[2] if need_lse or impl in (*_HOPPER, "triton") else 0
     return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[1], rows), dtype=torch.float32)
 
 
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int, window: int, sink: int, grid_start: int,
-    impl: str, need_lse: bool,
+    impl: str, need_lse: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _fake_out(q, impl, need_lse)
 
@@ -154,16 +215,16 @@ def _ring_write_fake(*args: Any) -> None:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, scale, *pattern, impl, _ = inputs
+    q, k, v, scale, *pattern, impl, _, deterministic = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse)
-    ctx.scale, ctx.pattern, ctx.impl = scale, pattern, impl
+    ctx.scale, ctx.pattern, ctx.how = scale, pattern, (impl, deterministic)
 
 
 def _gradients(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    return (*torch.ops.swba.backward(dout, *saved, ctx.scale, *ctx.pattern, ctx.impl), *[None] * 7)
+    return (*torch.ops.swba.backward(dout, *saved, ctx.scale, *ctx.pattern, *ctx.how), *[None] * 8)
 
 
 for _name, _body, _fake in (

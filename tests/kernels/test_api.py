@@ -67,7 +67,8 @@ def test_arguments_that_are_not_tensors() -> None:
     rejects(lambda: attend(X, KV, KV, (4, 8)), "pattern: expected a BlockWindow, got tuple", TypeError)
     rejects(lambda: attend(X, KV, KV, PATTERN, sm_scale="1"), "sm_scale: expected a float, got str", TypeError)
     rejects(lambda: attend(X, KV, KV, PATTERN, sm_scale=math.nan), "sm_scale: expected a finite number, got nan")
-    rejects(lambda: attend(X, KV, KV, PATTERN, impl="fast"), "impl: expected 'auto', 'triton' or 'sdpa', got 'fast'")
+    rejects(lambda: attend(X, KV, KV, PATTERN, impl="fast"), "impl: expected one of 'auto', 'hopper', .* got 'fast'")
+    rejects(lambda: attend(X, KV, KV, PATTERN, deterministic=1), "deterministic: expected a bool, got int", TypeError)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_auto_logs_each_decision_once(caplog) -> None:
 @pytest.mark.parametrize(
     ("capability", "dtype", "installed", "expected"),
     [
-        ((9, 0), torch.bfloat16, True, "triton"),
+        ((9, 0), torch.float32, True, "triton"),
         ((8, 0), torch.float32, True, "triton"),
         ((7, 5), torch.float16, True, "sdpa"),
         ((9, 0), torch.float64, True, "sdpa"),

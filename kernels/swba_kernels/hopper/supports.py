@@ -1,0 +1,79 @@
+"""What the Hopper kernels serve: every function says, in words, what stands in the way, or None.
+
+B batch or lanes, H heads, N tokens, D head dim.
+
+Two questions, asked at two times. `build_obstacle` depends on the installation alone, so it is asked once, when an
+implementation is chosen (inside a compiled graph: while it is traced). `obstacle` looks at one call's tensors, addresses
+included, so it is asked by the custom op as it runs; no size becomes a guard of a compiled graph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = (64, 128)
+DTYPES = (torch.float16, torch.bfloat16)
+CAPABILITY = (9, 0)
+
+# Gluon is experimental and changes with every release: these were compiled ahead of time, 3.6 also ran.
+OLDEST, NEWEST = (3, 6), (3, 9)
+
+# The fewest tokens of a block for which "auto" takes these kernels. A tile never straddles blocks, so a short block pads
+# a tile, while the portable kernels pack several blocks into one. Estimated from the padding, measured nowhere yet.
+# Decode is bound by the bytes of the ring, whatever the block.
+SMALLEST_BLOCK = {"forward": 64, "prefill": 64, "backward": 64, "decode": 1}
+
+
+@cache
+def build_obstacle() -> str | None:
+    """Tell what keeps the installed Triton from building the Gluon sources."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if not OLDEST <= version <= NEWEST:
+        tried = " to ".join(".".join(map(str, x)) for x in (OLDEST, NEWEST))
+        return f"Gluon changes between releases and was tried with triton {tried}, not with {triton.__version__}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Gluon has no interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def static_obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Tell what keeps these kernels from a dtype and head dim."""
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} (needs float16 or bfloat16)"
+    if head_dim not in HEAD_DIMS:
+        return f"head dim {head_dim} (needs 64 or 128)"
+    return None
+
+
+def obstacle(*tensors: Tensor) -> str | None:
+    """Tell what keeps these kernels from reading `tensors`, each [B, H, N, D], by TMA."""
+    found = static_obstacle(tensors[0].dtype, tensors[0].shape[-1])
+    if found:
+        return found
+    for x in tensors:
+        if x.data_ptr() % 16:
+            return "a tensor whose first element is not aligned to 16 bytes"
+        if not tma_strides(x):
+            return f"strides {x.stride()} (need positive multiples of 8 elements, and 1 in the head dim)"
+    return None
+
+
+def tma_strides(x: Tensor) -> bool:
+    """Tell whether the strides of x [B, H, N, D] fit a TMA descriptor; those of dimensions of size 1 do not matter."""
+    *outer, inner = zip(x.shape, x.stride(), strict=True)
+    return inner[1] == 1 and all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in outer)
+
+
+def small_block(op: str, block_size: int) -> str | None:
+    """Tell why "auto" leaves blocks of `block_size` tokens to the portable kernels."""
+    least = SMALLEST_BLOCK[op]
+    return f"blocks of {block_size} tokens (faster from {least})" if block_size < least else None
