@@ -171,6 +171,19 @@ def read_shards(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Read one safetensors file to CPU after checking its header; raise CheckpointError naming the file."""
+    read_header(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: expected a readable safetensors file, got {error!r}") from error
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Return what a safetensors file says of each tensor: `dtype`, `shape` and `data_offsets`.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or damaged, or names a tensor twice.
+    """
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -179,13 +192,14 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             if size < 8 or length > size - 8:
                 raise CheckpointError(f"{path}: truncated: {size} bytes are too few for its header")
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-        end = max((spec["data_offsets"][1] for name, spec in header.items() if name != "__metadata__"), default=0)
+        header.pop("__metadata__", None)
+        end = max((spec["data_offsets"][1] for spec in header.values()), default=0)
         if size != 8 + length + end:
             raise CheckpointError(f"{path}: expected {8 + length + end} bytes, got {size}: truncated or damaged")
-        return load_file(path)
+        return {name: {key: spec[key] for key in ("dtype", "shape", "data_offsets")} for name, spec in header.items()}
     except _DuplicateKey as error:
         raise CheckpointError(f"{path}: tensor {error} appears twice in the header") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: expected a readable safetensors file, got {error!r}") from error
