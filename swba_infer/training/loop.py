@@ -2,6 +2,7 @@
 
 Files in the output folder: model/ (config.json, bfloat16 safetensors, a few recorded frames to start from),
 state.safetensors (to resume), log.jsonl (one line every few steps), train.json (configuration and outcome), loss.png.
+All but the curve are written every few minutes as well, each as a whole, so that a killed run leaves a usable model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import save_context, save_model
+from ..checkpoint import load_model, resolve_directory, save_context, save_model
 from ..context import FullSequence
 from ..device import pick_device
 from ..errors import ConfigError, NumericsError
@@ -37,21 +38,42 @@ class Trainer:
     Args:
         config: the run.
         episodes: recorded episodes, on the device that trains.
-        out: folder of the run; `state.safetensors` in it is resumed from when `resume` is set.
+        out: folder of the run.
+        resume: go on from the state in `out`; weights, averages and optimisers are those of the state.
+        overwrite: replace the run that `out` holds.
+
+    Raises:
+        ConfigError: data or weights of another shape, or `out` holds a run and neither `resume` nor `overwrite` is set.
+        CheckpointError: damaged weights or state.
     """
 
-    def __init__(self, config: TrainConfig, episodes: Episodes, out: Path | str, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        episodes: Episodes,
+        out: Path | str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         _check_episodes(config, episodes)
         self.config, self.out = config, Path(out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            _check_vacant(self.out, overwrite)
         self.device = episodes.frames.device
         self.windows = Windows(episodes, config.frames)
         torch.manual_seed(config.seed)
-        self.model = VideoDiT(config.model).to(self.device)
-        self.average = Average(self.model, config.ema)
+        self.model = VideoDiT(config.model)
+        if config.init and not resume:
+            self.model.load_state_dict(initial_weights(config))
+        self.model.to(self.device)
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            _clear(self.out)
+        self.average = Average(self.model, config.ema, seeded=bool(config.init))
         self.optimizers = build_optimizers(self.model, config.muon_lr, config.adam_lr)
         self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
-        self.step, self.seconds, self.resumed = 0, 0.0, resume
+        self.step, self.seconds, self.warm_seconds, self.resumed = 0, 0.0, 0.0, resume
         if resume:
             numbers = load_state(
                 self.out / "state.safetensors", self.model, self.optimizers, self.average, self.generator
@@ -77,7 +99,7 @@ class Trainer:
         """Draw a batch and compute its losses."""
         config = self.config
         tokens, actions = self.windows.draw(config.batch, config.model.patch, self.generator)
-        return flow_loss(self.predict, tokens, actions, config.model.actions, config.loss, self.generator, own)
+        return flow_loss(self.predict, tokens, actions, config.model, config.loss, self.generator, own)
 
     def warm_up(self) -> None:
         """Compile everything before the clock starts; weights and random state stay as they were."""
@@ -105,21 +127,20 @@ class Trainer:
         self.step += 1
         return {**{name: value.detach() for name, value in losses._asdict().items()}, "gradient": norm}
 
-    def run(
-        self, *, session: float | None = None, log_every: int = 20, save_every: float = 3.0, quiet: bool = False
-    ) -> dict[str, Any]:
+    def run(self, *, session: float | None = None, log_every: int = 20, quiet: bool = False) -> dict[str, Any]:
         """Train to the end, or for `session` minutes, and write the outcome; return what train.json holds.
 
-        The state is also saved every `save_every` minutes. A run that stopped early goes on with `resume`; what it
-        left is a model in the middle of its schedule.
+        The averaged model and the state are also written every `export_minutes`. A run that stopped early goes on
+        with `resume`; what it left is a model in the middle of its schedule.
         """
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         started = time.perf_counter()
         self.warm_up()
         self._wait()
-        warm_seconds = time.perf_counter() - started
+        self.warm_seconds = time.perf_counter() - started
         begin, saved = time.perf_counter() - self.seconds, self.seconds
+        every = 60 * self.config.export_minutes
         stop = self.seconds + 60 * session if session else float("inf")
         columns = (
             TextColumn("train"),
@@ -156,13 +177,17 @@ class Trainer:
                     if not quiet and not bar.console.is_terminal and self.step % (25 * log_every) == 0:
                         print(json.dumps(line), flush=True)
                     bar.update(task, completed=self.progress, step=self.step, loss=line["loss"], rate=rate)
-                    if self.seconds - saved > 60 * save_every:
+                    if every and self.seconds - saved > every and self.progress < 1:
+                        self.export()
                         self.save()
                         saved = self.seconds
                 self.seconds = time.perf_counter() - begin
         self._wait()
         self.seconds = time.perf_counter() - begin
-        return self.finish(warm_seconds)
+        summary = self.export()
+        self.save()
+        plot(self.out / "log.jsonl", self.out / "loss.png")
+        return summary
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -173,33 +198,69 @@ class Trainer:
         numbers = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict()}
         save_state(self.out / "state.safetensors", self.model, self.optimizers, self.average, self.generator, numbers)
 
-    def finish(self, warm_seconds: float) -> dict[str, Any]:
-        """Write the model directory, the state, train.json and loss.png."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.average.tensors.values()):
+    def export(self) -> dict[str, Any]:
+        """Write the averaged weights as a model directory, and train.json; return what that holds.
+
+        Raises:
+            NumericsError: NaN or infinity in the weights; what was written before stays.
+        """
+        finite = torch.stack([torch.isfinite(p).all() for p in self.average.tensors.values()])
+        if not bool(finite.all()):
             raise NumericsError(f"step {self.step}: expected finite weights, got NaN or infinity; nothing was written")
         export(self.out / "model", self.config, self.average)
-        frames, actions = self.windows.episodes.episode(0)
-        first = self.config.stream.window_frames
-        save_context(self.out / "model", frames[:first].cpu(), actions[:first].cpu())
-        self.save()
-        summary = {
+        if not (self.out / "model" / "context.safetensors").exists():
+            frames, actions = self.windows.episodes.episode(0)
+            first = self.config.stream.window_frames
+            save_context(self.out / "model", frames[:first].cpu(), actions[:first].cpu())
+        summary = self.summary()
+        with replacing(self.out / "train.json") as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run's configuration and how far it came, as plain JSON."""
+        episodes, cuda = self.windows.episodes, self.device.type == "cuda"
+        return {
             "config": self.config.to_dict(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.step,
             "seconds": round(self.seconds, 1),
-            "warm_up_seconds": round(warm_seconds, 1),
-            "training_frames": int(self.windows.episodes.actions.numel()),
-            "training_episodes": len(self.windows.episodes.bounds),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "warm_up_seconds": round(self.warm_seconds, 1),
+            "training_frames": int(episodes.actions.numel()),
+            "training_episodes": len(episodes.bounds),
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "torch": torch.__version__,
-            "peak_gigabytes": round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            if self.device.type == "cuda"
-            else None,
+            "peak_gigabytes": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         }
-        with replacing(self.out / "train.json") as path:
-            path.write_text(json.dumps(summary, indent=2) + "\n")
-        plot(self.out / "log.jsonl", self.out / "loss.png")
-        return summary
+
+
+def initial_weights(config: TrainConfig) -> dict[str, Tensor]:
+    """Read the weights of `config.init` as float32; raise ConfigError unless its model is the one `config` trains."""
+    loaded = load_model(resolve_directory(config.init), torch.float32, check_finite=True)
+    theirs, ours = loaded.config["model"], config.model.to_dict()
+    if different := {name: theirs[name] for name in ours if theirs[name] != ours[name]}:
+        wanted = {name: ours[name] for name in different}
+        raise ConfigError(f"init: expected a model with {wanted}, got {different} in {config.init}")
+    return loaded.model.state_dict()
+
+
+RUN_FILES = ("state.safetensors", "log.jsonl", "train.json", "loss.png")
+
+
+def _check_vacant(out: Path, overwrite: bool) -> None:
+    """Raise ConfigError if `out` holds a run that nobody asked to replace."""
+    found = [name for name in (*RUN_FILES, "model") if (out / name).exists()]
+    if found and not overwrite:
+        raise ConfigError(
+            f"out: expected a folder without a run, got {out} with {', '.join(found)}; "
+            "--resume goes on with that run, --overwrite replaces it"
+        )
+
+
+def _clear(out: Path) -> None:
+    """Remove what an older run could be taken up from; its model stays until this run has one."""
+    for name in RUN_FILES:
+        (out / name).unlink(missing_ok=True)
 
 
 def _check_episodes(config: TrainConfig, episodes: Episodes) -> None:
@@ -264,13 +325,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=None, help="seed of weights, batches and noise")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument("--init", default=None, help="start from the weights of a shipped model or a model directory")
+    parser.add_argument("--export-minutes", type=float, default=None, help="write the model this often (0: at the end)")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out, with the same options")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train what the parsed options ask for."""
+    if args.resume and args.overwrite:
+        raise ConfigError("resume: expected it without --overwrite, got both")
     device = pick_device(args.device)
-    names = ("minutes", "steps", "batch", "muon_lr", "adam_lr", "seed")
+    names = ("minutes", "steps", "batch", "muon_lr", "adam_lr", "seed", "init", "export_minutes")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = preset(args.preset, **changes)
     if args.no_compile or device.type != "cuda":
@@ -285,7 +351,8 @@ def run(args: argparse.Namespace) -> int:
         f"({time.perf_counter() - started:.1f} s)",
         flush=True,
     )
-    summary = Trainer(config, episodes, args.out, resume=args.resume).run(session=args.session)
+    trainer = Trainer(config, episodes, args.out, resume=args.resume, overwrite=args.overwrite)
+    summary = trainer.run(session=args.session)
     print(f"{summary['steps']} steps in {summary['seconds']} s, {summary['parameters']} parameters: {args.out}")
     return 0
 

@@ -2,7 +2,12 @@
 
 Some frames of each sequence are noisy and learn, the others are its clean history, as in a stream. To prepare the
 model for its own mistakes, history may carry a little noise that the model is told about (`context_noise`), or be
-replaced by predictions of the model itself (`self_context`).
+replaced by predictions of the model itself (`self_context`); the same predictions stand in for the truth under part of
+the noise, because that is what the second step of a sampler starts from (`refine`).
+
+The error of a prediction is nearly absolute, and counts pixels and the differences between them. A squared error is
+ruled by a few misplaced bright edges, lets dark texture go, and asks for the mean of the possible pictures, which is
+soft; their median has sharp edges. Differences stress detail, which holds little of a picture's power.
 
 B sequences, F frames, P tokens of a frame, C channels of a token.
 """
@@ -15,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..models.video_dit import VideoDiTConfig
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,7 +39,13 @@ class LossConfig:
         context_noise_rate: share of sequences whose history carries noise.
         action_dropout: share of frames whose action is hidden.
         self_low, self_high: share of the history that self-context replaces, drawn per sequence.
-        weight_cap: the largest weight of a squared error; weights are 1 at pure noise and grow as noise falls.
+        self_passes: how often it does so, each time looking back on its own pictures of the times before.
+        self_pure: share of self-context's predictions that start from pure noise, as a stream's do.
+        refine: share of the frames that learn, where self-context predicted them, whose noise is laid over that
+            prediction instead of the truth.
+        bend: size of an error, pixels in [-1, 1], below which the penalty is quadratic and above which it is linear.
+        edges: weight of the errors of differences between neighbouring pixels; 0 leaves them out.
+        weight_cap: the largest weight of an error; weights are 1 at pure noise and grow as noise falls.
     """
 
     noisy_low: float = 0.1
@@ -45,7 +58,12 @@ class LossConfig:
     action_dropout: float = 0.05
     self_low: float = 0.2
     self_high: float = 0.6
-    weight_cap: float = 4.0
+    self_passes: int = 1
+    self_pure: float = 0.25
+    refine: float = 0.25
+    bend: float = 0.03
+    edges: float = 0.0
+    weight_cap: float = 2.0
 
 
 class Levels(NamedTuple):
@@ -87,30 +105,57 @@ def add_noise(tokens: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def weights(t: Tensor, config: LossConfig) -> Tensor:
-    """Return the weight of the squared error of x_0 at level t: 1 / t^2, which makes it the flow's error, capped."""
-    return t.clamp(min=1e-3).square().reciprocal().clamp(max=config.weight_cap)
+    """Return the weight of an error of x_0 at level t: 1 / t, which makes it the flow's error, capped."""
+    return t.clamp(min=1e-3).reciprocal().clamp(max=config.weight_cap)
+
+
+def penalty(error: Tensor, bend: float) -> Tensor:
+    """Return sqrt(error^2 + bend^2) - bend (Charbonnier): about |error| where that is far above `bend`."""
+    return (error.square() + bend * bend).sqrt() - bend
+
+
+def picture_error(error: Tensor, config: LossConfig) -> Tensor:
+    """Reduce the error of pictures [B, F, height, width, channels] to one number a frame, [B, F]."""
+    total = penalty(error, config.bend).mean((2, 3, 4))
+    if config.edges:
+        for axis in (2, 3):
+            total = total + config.edges * penalty(error.diff(dim=axis), config.bend).mean((2, 3, 4))
+    return total
 
 
 @torch.no_grad()
 def self_context(
     predict: Predict, tokens: Tensor, actions: Tensor, config: LossConfig, generator: torch.Generator
-) -> Tensor:
-    """Replace some frames of `tokens` by one-pass predictions from high noise."""
+) -> tuple[Tensor, Tensor]:
+    """Replace some frames of `tokens` by one-pass predictions from high noise, `config.self_passes` times.
+
+    Each pass looks back on what the passes before it imagined.
+
+    Returns:
+        tokens [B, N, C], and which frames of them are imagined, bool [B, F]
+    """
     batch, frames = actions.shape
-    share = torch.rand((batch, 1), generator=generator, device=tokens.device)
-    share = config.self_low + (config.self_high - config.self_low) * share
-    replaced = torch.rand((batch, frames), generator=generator, device=tokens.device) < share
-    t = 0.4 + 0.6 * torch.rand((batch, frames), generator=generator, device=tokens.device)
-    t = torch.where(replaced, t, 0.0)
-    guess = predict(add_noise(tokens, t, generator), t, actions).to(tokens.dtype).clamp(-1, 1)
-    return torch.where(_per_token(replaced, tokens), guess, tokens)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=tokens.device)
+
+    imagined = torch.zeros((batch, frames), dtype=torch.bool, device=tokens.device)
+    for _ in range(config.self_passes):
+        share = config.self_low + (config.self_high - config.self_low) * uniform(batch, 1)
+        replaced = uniform(batch, frames) < share
+        t = torch.where(uniform(batch, frames) < config.self_pure, 1.0, 0.4 + 0.6 * uniform(batch, frames))
+        t = torch.where(replaced, t, 0.0)
+        guess = predict(add_noise(tokens, t, generator), t, actions).to(tokens.dtype).clamp(-1, 1)
+        tokens = torch.where(_per_token(replaced, tokens), guess, tokens)
+        imagined |= replaced
+    return tokens, imagined
 
 
 def flow_loss(
     predict: Predict,
     tokens: Tensor,
     actions: Tensor,
-    unknown: int,
+    size: VideoDiTConfig,
     config: LossConfig,
     generator: torch.Generator,
     own: int = 0,
@@ -121,25 +166,35 @@ def flow_loss(
         predict: (noisy tokens [B, N, C], levels [B, F], actions [B, F]) to clean tokens [B, N, C].
         tokens: clean tokens [B, F P, C] in [-1, 1].
         actions: int64 [B, F]; action f led to frame f.
-        unknown: index that hides an action.
+        size: of the frames and their patches; its index `actions` hides an action.
         own: number of sequences, from the first, whose history is partly the model's own.
     """
     batch, frames = actions.shape
     hidden = torch.rand(actions.shape, generator=generator, device=actions.device) < config.action_dropout
-    given = torch.where(hidden, unknown, actions)
+    given = torch.where(hidden, size.actions, actions)
     t, learns = draw_levels(batch, frames, config, generator)
     source = tokens
     if own:
-        imagined = self_context(predict, tokens[:own], actions[:own], config, generator)
-        source = torch.cat((torch.where(_per_token(learns[:own], imagined), tokens[:own], imagined), tokens[own:]))
+        made, imagined = self_context(predict, tokens[:own], actions[:own], config, generator)
+        refined = torch.rand((own, frames), generator=generator, device=tokens.device) < config.refine
+        use = imagined & (refined | ~learns[:own])
+        source = torch.cat((torch.where(_per_token(use, made), made, tokens[:own]), tokens[own:]))
     prediction = predict(add_noise(source, t, generator), t, given).float()
-    error = (prediction - tokens).square().unflatten(1, (frames, -1)).mean((2, 3))
+    error = pixels(prediction - tokens, size)
+    weighted = picture_error(error, config) * weights(t, config)
+    squared = error.detach().square().mean((2, 3, 4))
     pure = learns & (t == 1)
     return Losses(
-        (error * weights(t, config) * learns).sum() / learns.sum(),
-        ((error * pure).sum() / pure.sum().clamp(min=1)).detach(),
-        ((error * learns).sum() / learns.sum()).detach(),
+        (weighted * learns).sum() / learns.sum(),
+        (squared * pure).sum() / pure.sum().clamp(min=1),
+        (squared * learns).sum() / learns.sum(),
     )
+
+
+def pixels(tokens: Tensor, size: VideoDiTConfig) -> Tensor:
+    """Put tokens [B, F P, C] together to pictures [B, F, height, width, channels] of the same values."""
+    cells = tokens.unflatten(2, (size.patch, size.patch, size.channels)).unflatten(1, (-1, size.rows, size.columns))
+    return cells.transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
 def _per_token(frames: Tensor, tokens: Tensor) -> Tensor:

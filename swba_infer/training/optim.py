@@ -86,14 +86,17 @@ def build_optimizers(model: VideoDiT, muon_lr: float, adam_lr: float) -> list[to
 
 
 class Average:
-    """Exponential moving average of a model's parameters in float32; young averages forget faster."""
+    """Exponential moving average of a model's parameters in float32.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    A young average forgets faster, unless it is `seeded`: begun from weights that are worth keeping.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, *, seeded: bool = False) -> None:
+        self.decay, self.seeded = decay, seeded
         self.tensors = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards the model's parameters after optimiser step `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = self.decay if self.seeded else min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.tensors.values()), [p.detach().float() for p in model.parameters()], 1 - decay)

@@ -16,7 +16,17 @@ from swba_infer.training.config import TrainConfig, preset
 from swba_infer.training.data import Episodes, Windows
 from swba_infer.training.evaluate import World
 from swba_infer.training.loop import Trainer
-from swba_infer.training.loss import LossConfig, add_noise, draw_levels, flow_loss, self_context, weights
+from swba_infer.training.loss import (
+    LossConfig,
+    add_noise,
+    draw_levels,
+    flow_loss,
+    penalty,
+    picture_error,
+    pixels,
+    self_context,
+    weights,
+)
 from swba_infer.training.optim import orthogonalise
 
 SMALL = TrainConfig(
@@ -54,7 +64,7 @@ def folder(tmp_path):
 def test_loss_falls_checkpoint_loads_and_the_model_streams(folder):
     out = folder / "run"
     summary = Trainer(SMALL, Episodes(folder), out).run(log_every=1, quiet=True)
-    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["mean"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert len(losses) == summary["steps"] == 40
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert (out / "loss.png").stat().st_size > 1000
@@ -86,6 +96,68 @@ def test_a_resumed_run_is_bit_identical(folder):
         assert torch.equal(a, b), name
     for name, a in whole.average.tensors.items():
         assert torch.equal(a, rest.average.tensors[name]), name
+
+
+def test_a_run_goes_on_from_the_weights_of_a_model(folder):
+    episodes = Episodes(folder)
+    Trainer(replace(SMALL, steps=3), episodes, folder / "first").run(quiet=True)
+    config = replace(SMALL, steps=2, seed=5, init=str(folder / "first" / "model"))
+    trainer = Trainer(config, episodes, folder / "second")
+    given = load_model(folder / "first" / "model", torch.float32).model.state_dict()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, given[name]), name
+        assert torch.equal(trainer.average.tensors[name], given[name]), name
+    assert not any(optimizer.state for optimizer in trainer.optimizers)
+    before = trainer.average.tensors["embed.weight"].clone()
+    trainer.advance()
+    moved = (trainer.average.tensors["embed.weight"] - before).norm()
+    whole = (trainer.model.state_dict()["embed.weight"] - before).norm()
+    assert 0 < moved < 1.01 * (1 - config.ema) * whole
+
+
+def test_weights_of_another_architecture_are_refused_before_anything_is_written(folder):
+    episodes = Episodes(folder)
+    Trainer(replace(SMALL, steps=1), episodes, folder / "first").run(quiet=True)
+    other = replace(SMALL, model=replace(SMALL.model, mlp=48), init=str(folder / "first" / "model"))
+    with pytest.raises(ConfigError, match=r"init: expected a model with \{'mlp': 48\}, got \{'mlp': 64\}"):
+        Trainer(other, episodes, folder / "second")
+    with pytest.raises(ConfigError, match="shipped"):
+        Trainer(replace(SMALL, init="nope"), episodes, folder / "second")
+    assert not (folder / "second").exists()
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(folder):
+    episodes, out = Episodes(folder), folder / "run"
+    Trainer(replace(SMALL, steps=2), episodes, out).run(quiet=True)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"out: .*--resume.*--overwrite"):
+        Trainer(SMALL, episodes, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    config = replace(SMALL, steps=3, init=str(out / "model"))
+    trainer = Trainer(config, episodes, out, overwrite=True)
+    assert not (out / "state.safetensors").exists()
+    assert trainer.run(quiet=True)["steps"] == 3
+
+
+def test_a_killed_run_leaves_a_usable_model_and_a_state(folder, monkeypatch):
+    config = replace(SMALL, steps=10_000, export_minutes=1e-6)
+    trainer = Trainer(config, Episodes(folder), folder / "run")
+    advance = trainer.advance
+
+    def killed_at_step_4():
+        if trainer.step == 4:
+            raise KeyboardInterrupt
+        return advance()
+
+    monkeypatch.setattr(trainer, "advance", killed_at_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(log_every=1, quiet=True)
+    exported = load_model(folder / "run" / "model", check_finite=True).model.state_dict()
+    for name, value in trainer.average.tensors.items():
+        assert torch.equal(exported[name], value.bfloat16()), name
+    assert len(load_context(folder / "run" / "model").frames) == 4
+    assert json.loads((folder / "run" / "train.json").read_text())["steps"] == 4
+    assert Trainer(config, Episodes(folder), folder / "run", resume=True).step == 4
 
 
 def test_a_session_ends_early_and_the_clock_ends_a_run(folder):
@@ -138,21 +210,46 @@ def test_levels_cover_history_and_noise():
 def test_weights_are_one_at_pure_noise_and_capped():
     config = LossConfig()
     w = weights(torch.tensor([1.0, 0.75, 0.02]), config)
-    assert w.tolist() == pytest.approx([1.0, 4 / 2.25, 4.0])
+    assert w.tolist() == pytest.approx([1.0, 4 / 3, 2.0])
+
+
+def test_small_errors_weigh_quadratically_and_large_ones_linearly():
+    error = torch.tensor([0.0, 1e-3, 1.0, 2.0, -2.0], dtype=torch.float64)
+    values = penalty(error, 0.03)
+    assert values[0] == 0
+    assert float(values[1]) == pytest.approx(1e-6 / 0.06, rel=1e-3)
+    assert float(values[3] - values[2]) == pytest.approx(1.0, rel=1e-3)
+    assert values[4] == values[3]
+
+
+def test_of_many_places_for_an_edge_a_sharp_one_in_the_middle_costs_less_than_their_soft_mean():
+    edges = torch.stack([(torch.arange(12) >= place).float() for place in (4, 5, 6, 7, 8)])[:, None, None, :, None]
+    middle, soft = edges[2:3], edges.mean(0, keepdim=True)
+    config = LossConfig()
+    assert picture_error(middle - edges, config).sum() < 0.9 * picture_error(soft - edges, config).sum()
+    assert (middle - edges).square().sum() > (soft - edges).square().sum()
+
+
+def test_pixels_put_the_patches_where_they_were_cut():
+    size = SMALL.model
+    frames = torch.randint(0, 256, (2, 3, size.height, size.width, 3), dtype=torch.uint8)
+    pictures = pixels(patchify(frames, size.patch), size)
+    torch.testing.assert_close((pictures + 1) * 127.5, frames.float(), atol=1e-4, rtol=0)
 
 
 def test_a_perfect_model_has_no_loss_and_history_brings_none():
-    tokens, actions = torch.rand(3, 8, 4), torch.zeros(3, 4, dtype=torch.int64)
-    perfect = flow_loss(lambda x, t, a: tokens, tokens, actions, 6, LossConfig(), torch.Generator().manual_seed(0))
+    size = SMALL.model
+    tokens, actions = torch.rand(3, 24, size.token_channels), torch.zeros(3, 4, dtype=torch.int64)
+    perfect = flow_loss(lambda x, t, a: tokens, tokens, actions, size, LossConfig(), torch.Generator().manual_seed(0))
     assert perfect.loss == 0
     seen = {}
 
     def wrong_on_history(x, t, a):
-        seen["history"] = t.repeat_interleave(2, 1)[..., None] == 0
+        seen["history"] = t.repeat_interleave(6, 1)[..., None] == 0
         return torch.where(seen["history"], 100.0, tokens)
 
     config = replace(LossConfig(), context_noise_rate=0.0)
-    assert flow_loss(wrong_on_history, tokens, actions, 6, config, torch.Generator().manual_seed(0)).loss == 0
+    assert flow_loss(wrong_on_history, tokens, actions, size, config, torch.Generator().manual_seed(0)).loss == 0
     assert seen["history"].any()
 
 
@@ -167,11 +264,37 @@ def test_noise_has_the_right_ends():
 def test_self_context_replaces_some_frames_and_carries_no_gradient():
     tokens = torch.rand(64, 16, 2, requires_grad=True)
     actions = torch.zeros(64, 8, dtype=torch.int64)
-    out = self_context(lambda x, t, a: x * 0 + 0.5, tokens, actions, LossConfig(), torch.Generator().manual_seed(0))
-    replaced = (out == 0.5).all(-1)
-    assert not out.requires_grad
-    assert 0.2 < replaced.float().mean() < 0.6
-    assert torch.equal(out[~replaced], tokens[~replaced])
+    for passes, low, high in ((1, 0.2, 0.6), (2, 0.5, 0.8)):
+        config = replace(LossConfig(), self_passes=passes)
+        out, imagined = self_context(
+            lambda x, t, a: x * 0 + 0.5, tokens, actions, config, torch.Generator().manual_seed(0)
+        )
+        replaced = (out == 0.5).all(-1)
+        assert not out.requires_grad
+        assert low < replaced.float().mean() < high
+        assert torch.equal(out[~replaced], tokens[~replaced])
+        assert torch.equal(imagined.repeat_interleave(2, 1), replaced)
+
+
+@pytest.mark.parametrize("refine", [0.0, 1.0])
+def test_noise_lies_over_the_models_own_picture_where_it_refines(refine):
+    size, config = SMALL.model, replace(LossConfig(), refine=refine, context_noise_rate=0.0, self_pure=1.0)
+    tokens, actions = torch.zeros(16, 36, size.token_channels), torch.zeros(16, 6, dtype=torch.int64)
+    calls = []
+
+    def predict(x, t, a):
+        calls.append((x, t))
+        return torch.full_like(x, 0.5)
+
+    flow_loss(predict, tokens, actions, size, config, torch.Generator().manual_seed(0), own=16)
+    replaced, (x, t) = calls[0][1] > 0, calls[1]
+    mean = pixels(x, size).mean((2, 3, 4))
+    partly = replaced & (t > 0) & (t < 0.6)
+    assert partly.any()
+    torch.testing.assert_close(mean[partly], 0.5 * refine * (1 - t[partly]), atol=0.08, rtol=0)
+    history = replaced & (t == 0)
+    assert history.any()
+    torch.testing.assert_close(mean[history], torch.full_like(mean[history], 0.5))
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -220,7 +343,7 @@ def test_rates_and_limits_are_finite(change):
 
 
 def test_presets_survive_json():
-    for name in ("tiny", "world"):
+    for name in ("tiny", "world", "further"):
         config = preset(name, seed=3)
         assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ConfigError, match="preset"):
