@@ -59,14 +59,16 @@ def block_window_attention(
     name = resolve(impl, q, "forward")
     out, lse = torch.ops.swba.forward(
         q, k, v, _scale(sm_scale, q),
-        pattern.block_size, pattern.window, pattern.sink, pattern.grid_start,
-        name, return_lse, deterministic,
+        *pattern.sizes, name, return_lse, deterministic,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bs: int, ws: int, sm_scale: float) -> Tensor:
     """Compute sliding-window block attention with the signature of the project this one grew from.
+
+    Under torch.compile `bs` and `ws` are Python ints like others: one that changes costs a recompilation, once, unless
+    `dynamic=True`. `block_window_attention` with a `BlockWindow` does without.
 
     Args:
         q, k, v: [B, NH, N, DH]; N need not be a multiple of `bs`: a short last block sees the last ws * bs tokens.
@@ -129,8 +131,7 @@ def prefill_attention(
     name = resolve(impl, q, "prefill")
     out, lse = torch.ops.swba.prefill(
         q.detach(), k.detach(), v.detach(), k_ring.detach(), v_ring.detach(), position, lanes, _scale(sm_scale, q),
-        pattern.block_size, pattern.window, pattern.sink, pattern.grid_start,
-        name, return_lse,
+        *pattern.sizes, name, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import sym_node
+
+# What marks an int as dynamic for torch.compile; torch 2.9 has no such thing yet and stays with int.
+_DynamicInt: type[int] = getattr(sym_node, "DynamicInt", int)
 
 
 def _check_int(name: str, value: object, low: int) -> None:
@@ -19,8 +24,15 @@ def _check_int(name: str, value: object, low: int) -> None:
         raise ValueError(f"{name}: expected at least {low}, got {value}")
 
 
+class _Dynamic:
+    """A place for the sizes as torch.compile shall see them, beside the fields of the dataclass."""
+
+    __slots__ = ("_dynamic",)
+    _dynamic: tuple[int, int, int, int]
+
+
 @dataclass(frozen=True, slots=True)
-class BlockWindow:
+class BlockWindow(_Dynamic):
     """Describe block-causal attention with a sliding window and sinks, all in tokens.
 
     The sequence is cut into blocks of `block_size` tokens; with `first_block > 0` block 0 has `first_block` tokens.
@@ -53,6 +65,13 @@ class BlockWindow:
             raise ValueError(f"window: expected at least block_size ({self.block_size}), got {self.window}")
         if self.first_block > self.block_size:
             raise ValueError(f"first_block: expected at most block_size ({self.block_size}), got {self.first_block}")
+        sizes = (self.block_size, self.window, self.sink, self.grid_start)
+        if not torch.compiler.is_compiling():
+            sizes = tuple(_DynamicInt(size) for size in sizes)
+        object.__setattr__(self, "_dynamic", sizes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockWindow, (self.block_size, self.window, self.sink, self.first_block)
 
     @classmethod
     def from_blocks(cls, bs: int, ws: int, sink_blocks: int = 0) -> BlockWindow:
@@ -96,6 +115,17 @@ class BlockWindow:
     def grid_start(self) -> int:
         """Where the block grid starts, at most 0: block i covers [grid_start + i*block_size, ...) clipped to [0, N)."""
         return self.first_block - self.block_size if self.first_block else 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Return block_size, window, sink and grid_start, as the ops take them.
+
+        In code under torch.compile, which would take an int of an object for a constant until it has seen it change,
+        they are dynamic from the first trace on (torch 2.10 and up): another pattern is no reason to compile again.
+        """
+        if torch.compiler.is_compiling():
+            return self._dynamic
+        return self.block_size, self.window, self.sink, self.grid_start
 
     def blocks(self, n: int) -> Iterator[tuple[int, int]]:
         """Iterate over the (start, end) of each block of a sequence of `n` tokens."""

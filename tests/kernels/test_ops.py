@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from kernel_cases import ring_case
 from ops_cases import CASE, op_samples
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental import sym_node
 
 import swba_kernels
 from swba_kernels import BlockWindow
 
+needs_dynamic_int = pytest.mark.skipif(
+    not hasattr(sym_node, "DynamicInt"), reason="torch 2.9 compiles once more for each size that changes"
+)
 SAMPLES = list(op_samples("sdpa", torch.float32, "cpu"))
 
 
@@ -99,8 +105,45 @@ def test_a_new_length_block_size_and_window_recompile_once() -> None:
     assert count_compiles([(20, 4, 8), (33, 5, 11), (47, 6, 20), (21, 4, 30), (64, 9, 12)]) == [1, 2, 2, 2, 2]
 
 
-def test_a_new_length_recompiles_once() -> None:
-    assert count_compiles([(20, 4, 8), (33, 4, 8), (35, 4, 8), (48, 4, 8)]) == [1, 2, 2, 2]
+@needs_dynamic_int
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [
+        pytest.param([(20, 4, 8), (33, 4, 8), (35, 4, 8), (48, 4, 8)], [1, 2, 2, 2], id="length"),
+        pytest.param([(20, 4, 8), (33, 4, 8), (33, 5, 8), (33, 5, 11), (41, 1, 1)], [1, 2, 2, 2, 2], id="one by one"),
+        pytest.param([(20, 4, 8), (20, 5, 8), (20, 5, 11), (20, 1, 1), (33, 1, 1)], [1, 1, 1, 1, 2], id="length last"),
+    ],
+)
+def test_sizes_that_change_one_after_another_recompile_once_in_all(sizes, counts) -> None:
+    assert count_compiles(sizes) == counts
+
+
+@needs_dynamic_int
+def test_a_pattern_kept_by_a_module_may_change_without_a_recompilation() -> None:
+    class Attention(torch.nn.Module):
+        pattern = BlockWindow(4, 8)
+
+        def forward(self, q, k, v):
+            return swba_kernels.block_window_attention(q, k, v, self.pattern)
+
+    module, counter = Attention(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    inputs = draw(20, False)
+    for pattern in (BlockWindow(4, 8), BlockWindow(5, 8), BlockWindow(5, 11, 3), BlockWindow(5, 11, 3, 2)):
+        module.pattern = pattern
+        torch.testing.assert_close(compiled(*inputs), module(*inputs))
+    assert counter.frame_count == 1
+
+
+def test_two_patterns_of_a_compiled_function_are_told_apart_when_they_were_one_before() -> None:
+    def difference(q, k, v, a, b):
+        attend = swba_kernels.block_window_attention
+        return attend(q, k, v, a) - attend(q, k, v, b)
+
+    compiled = torch.compile(difference, fullgraph=True, backend="aot_eager")
+    inputs, first = draw(20, False), BlockWindow(4, 8)
+    for pair in ((first, first), (first, copy.copy(first)), (first, BlockWindow(7, 9)), (BlockWindow(3, 3), first)):
+        torch.testing.assert_close(compiled(*inputs, *pair), difference(*inputs, *pair))
 
 
 def test_dynamic_shapes_never_recompile() -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,3 +115,18 @@ def test_factories_name_their_own_arguments() -> None:
         BlockWindow.from_frames(10, 3, 2)
     with pytest.raises(ValueError, match="first_block_frames: expected at most"):
         BlockWindow.from_frames(10, 3, 6, first_block_frames=4)
+
+
+def test_copies_are_equal_and_share_nothing_that_a_compiler_could_take_for_one() -> None:
+    pattern = BlockWindow(5, 13, 4, 2)
+    copies = (copy.copy(pattern), copy.deepcopy(pattern), pickle.loads(pickle.dumps(pattern)), replace(pattern))
+    for made in copies:
+        assert (made, hash(made), made.sizes) == (pattern, hash(pattern), (5, 13, 4, -3))
+        assert made._dynamic == pattern.sizes
+        assert made._dynamic is not pattern._dynamic
+
+
+def test_nothing_but_the_four_sizes_shows() -> None:
+    assert repr(BlockWindow(5, 13)) == "BlockWindow(block_size=5, window=13, sink=0, first_block=0)"
+    assert dataclasses.asdict(BlockWindow(5, 13)) == {"block_size": 5, "window": 13, "sink": 0, "first_block": 0}
+    assert {type(size) for size in BlockWindow(5, 13).sizes} == {int}
