@@ -1,4 +1,4 @@
-"""The command line: `swba-infer generate | train | record | evaluate | bench | doctor`."""
+"""The command line: `swba-infer generate | convert | train | record | evaluate | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class _Command:
 
 COMMANDS = {
     "generate": _Command(".generate", "stream a model into a video file"),
+    "convert": _Command(".wan.convert", "turn a training checkpoint of the Wan family into a model folder"),
     "train": _Command(".training.loop", "train a world model on recorded gameplay"),
     "record": _Command(".training.record", "record gameplay with ViZDoom, headless"),
     "evaluate": _Command(".training.evaluate", "measure a model on held-out episodes"),

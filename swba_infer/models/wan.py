@@ -205,13 +205,20 @@ class WanTransformer(nn.Module):
         embedder = self.condition_embedder.text_embedder
         text = text.to(embedder.linear_1.weight)
         x = embedder(F.pad(text, (0, 0, 0, size.text_len - text.shape[1])))
-        keys, values = zip(*(block.text_keys(x) for block in self.blocks), strict=True)
-        return {"text_k": torch.stack(keys, 1), "text_v": torch.stack(values, 1)}
+        pairs = [block.text_keys(x) for block in self.blocks if isinstance(block, WanBlock)]
+        assert len(pairs) == self.layers
+        return {"text_k": torch.stack([k for k, _ in pairs], 1), "text_v": torch.stack([v for _, v in pairs], 1)}
 
     def lane_state(self, lanes: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Return room for the prompts of `lanes` streams."""
         shape = (lanes, self.layers, self.kv_heads, self.config.text_len, self.head_dim)
         return {name: torch.empty(shape, dtype=dtype, device=device) for name in ("text_k", "text_v")}
+
+    def place(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> WanTransformer:
+        """Move the model; in half precision norms, modulation and time embedding stay float32 (`to` casts all)."""
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(device=device, dtype=dtype and parameter_dtype(name, dtype))
+        return self
 
     def _check_tokens(self, tokens: Tensor) -> tuple[int, int]:
         lanes, count, numbers = tokens.shape

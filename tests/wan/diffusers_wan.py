@@ -80,7 +80,11 @@ def window_mask(stream: StreamConfig, frames: int) -> Tensor:
 
 
 def run_reference(
-    reference: WanTransformer3DModel, stream: StreamConfig, tokens: Tensor, timestep: Tensor, text: Tensor,
+    reference: WanTransformer3DModel,
+    stream: StreamConfig,
+    tokens: Tensor,
+    timestep: Tensor,
+    text: Tensor,
     config: WanConfig = SIZES,
 ) -> Tensor:
     """Run tokens [L, N, C] with timesteps [L, F] and text [L, T, text_dim] through diffusers' model."""
