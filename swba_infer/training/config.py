@@ -89,7 +89,7 @@ def further() -> TrainConfig:
     """Return the configuration that trains the shipped world further, from its weights (`init`).
 
     The rates rise again to somewhat less than those of a fresh run and fall to zero by the clock. The weights can
-    already draw, so half of the histories are the model's own from the first step on, of two generations, which is
+    already draw, so a part of the histories is the model's own from the first step on, of two generations, which is
     nearer to a long stream than one.
     """
     return TrainConfig(
@@ -98,6 +98,7 @@ def further() -> TrainConfig:
         muon_lr=2e-3,
         adam_lr=1e-3,
         own_from=0.0,
+        own=0.375,
         compile=True,
         init="freedoom",
     )

@@ -33,6 +33,8 @@ class LossConfig:
     Args:
         noisy_low, noisy_high: each sequence draws its share of noisy frames between these; its last is always noisy.
         all_noisy: share of sequences whose frames are all noisy.
+        apart: share of sequences in which every second or third frame is noisy instead, so that each has a clean frame
+            before it, as in a stream; what a frame shows is mostly decided by the one before.
         pure: share of the noisy frames that are pure noise, where sampling starts.
         shift: of the other noise levels, as in `FlowSampler`.
         context_noise: highest noise level of a history that carries noise.
@@ -51,6 +53,7 @@ class LossConfig:
     noisy_low: float = 0.1
     noisy_high: float = 0.5
     all_noisy: float = 0.1
+    apart: float = 0.6
     pure: float = 0.25
     shift: float = 3.0
     context_noise: float = 0.2
@@ -91,6 +94,9 @@ def draw_levels(batch: int, frames: int, config: LossConfig, generator: torch.Ge
     share = torch.where(uniform(batch, 1) < config.all_noisy, 1.0, share)
     learns = uniform(batch, frames) < share
     learns[:, -1] = True
+    stride = torch.randint(2, 4, (batch, 1), generator=generator, device=generator.device)
+    apart = torch.arange(frames - 1, -1, -1, device=generator.device) % stride == 0
+    learns = torch.where(uniform(batch, 1) < config.apart, apart, learns)
     u = uniform(batch, frames)
     t = (config.shift * u / (1 + (config.shift - 1) * u)).clamp(min=0.02)
     t = torch.where(uniform(batch, frames) < config.pure, 1.0, t)

@@ -205,6 +205,14 @@ def test_levels_cover_history_and_noise():
     assert 0.2 < (t[learns] == 1).float().mean() < 0.3
     assert (learns[:, :-1].sum(1) == 0).any()
     assert learns.all(1).any()
+    assert 0.55 < (~(learns[:, 1:] & learns[:, :-1]).any(1) & (learns.sum(1) > 4)).float().mean() < 0.7
+
+
+def test_frames_that_learn_apart_follow_a_clean_one():
+    config = replace(LossConfig(), apart=1.0, context_noise_rate=0.0)
+    t, learns = draw_levels(500, 16, config, torch.Generator().manual_seed(0))
+    assert (t[:, :-1][learns[:, 1:]] == 0).all()
+    assert set(learns.sum(1).tolist()) == {6, 8}
 
 
 def test_weights_are_one_at_pure_noise_and_capped():
