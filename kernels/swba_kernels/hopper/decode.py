@@ -1,0 +1,134 @@
+"""Decode on Hopper: the queries of one block against the first `valid` slots of a ring.
+
+Two kernels, one for blocks that fill the GPU (decode_persistent.py) and one for smaller ones (decode_small.py), then a
+merge of what was cut along the keys (combine.py). Each may start while the kernel before it ends.
+
+B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N queries, S ring slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..portable.forward import LOG2E
+from .combine import FIELDS, MAX_PARTS, PARTS_AT_ONCE, ROWS, combine
+from .decode_persistent import decode_persistent
+from .decode_plan import LanePlan, plan_lane, table_of
+from .decode_small import decode_small
+from .launch import descriptor, multiprocessors
+
+
+class _Tables(NamedTuple):
+    """A plan and its table on the device: items [rounds * ctas, 8] and merges [M, 6], int32."""
+
+    plan: LanePlan
+    ctas: int
+    rounds: int
+    items: Tensor
+    merges: Tensor
+    units: int
+
+
+@lru_cache(maxsize=256)
+def _tables(
+    batch: int, heads: int, n: int, d: int, slots: int, lanes: int, device: torch.device, plan: LanePlan | None
+) -> _Tables:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("decode: expected a call with these sizes before the capture of a graph, got none")
+    sms = multiprocessors(device)
+    plan = plan or plan_lane(d, heads, n, slots, lanes, sms)
+    table = table_of(plan, batch, n, sms)
+    items = torch.tensor(table.items, dtype=torch.int32, device=device)
+    merges = torch.tensor(table.merges, dtype=torch.int32, device=device).reshape(-1, FIELDS.value)
+    return _Tables(plan, table.ctas, table.rounds, items, merges, table.units)
+
+
+def decode(
+    q: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    valid: Tensor,
+    lanes: Tensor | None,
+    *,
+    scale: float,
+    plan: LanePlan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend from every query of row b to slots [0, valid[b]) of ring lane lanes[b].
+
+    Slots past `valid` are never read. A row's result depends on its own numbers and on the shapes of q[b] and of the
+    ring, not on the other rows: its bits are the same in any call.
+
+    Args:
+        q: [B, H, N, D], float16 or bfloat16, D 64 or 128, strides multiples of 8 elements.
+        k_ring, v_ring: [L, Hkv, S, D], likewise.
+        valid: [B] int64, from 1 to S.
+        lanes: [B] int64, or None where row b reads lane b.
+        scale: factor on the scores.
+        plan: replaces the chosen one, for tuning.
+
+    Returns:
+        out [B, H, N, D] with the layout of q and the natural log-sum-exp [B, H, N] in float32.
+
+    Raises:
+        RuntimeError: the first call for these sizes is made while a graph is captured.
+    """
+    if scale < 0:
+        q, scale = -q, -scale
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    shape = (q.shape[0], k_ring.shape[1], q.shape[1] // k_ring.shape[1] * q.shape[2], q.shape[3])
+    if _groups_adjoin(q) and _groups_adjoin(out):
+        _decode(q.view(shape), k_ring, v_ring, valid, lanes, out.view(shape), lse.view(shape[:3]), scale, plan)
+    else:
+        _decode(q, k_ring, v_ring, valid, lanes, out, lse, scale, plan)
+    return out, lse
+
+
+def _groups_adjoin(x: Tensor) -> bool:
+    """Tell whether the rows of neighbouring heads follow each other, so that a group's may share tiles."""
+    return x.stride(1) == x.shape[2] * x.stride(2)
+
+
+def _decode(
+    q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None, out: Tensor, lse: Tensor,
+    scale: float, plan: LanePlan | None,
+) -> None:  # fmt: skip
+    batch, heads, n, d = q.shape
+    held, kv_heads, slots = k_ring.shape[:3]
+    tables = _tables(batch, heads, n, d, slots, held, q.device, plan)
+    plan, config = tables.plan, tables.plan.config
+    part = torch.empty((tables.units * 64, d), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(tables.units * 64, dtype=torch.float32, device=q.device)
+    results = (descriptor(out, 64), lse, part, part_lse)
+    inputs = (descriptor(q, 64), descriptor(k_ring, config.key_tile), descriptor(v_ring, config.key_tile))
+    row_strides = (valid.stride(0), 0 if lanes is None else lanes.stride(0))
+    filled = (valid, valid if lanes is None else lanes)
+    scale2 = max(scale * LOG2E, 1e-30)
+    constants = {
+        "BN": config.key_tile, "D": d, "STAGES": config.stages, "HAS_LANES": lanes is not None, "num_warps": 4,
+    }  # fmt: skip
+    if config.warpgroups > 1:
+        decode_persistent[(tables.ctas,)](
+            *inputs, *results, tables.items, *filled,
+            heads, heads // kv_heads, n, slots, plan.slot_tiles, tables.rounds, *row_strides, scale2,
+            W=config.warpgroups, TURNS=config.turns, REGISTERS=config.registers, **constants, launch_pdl=True,
+        )  # fmt: skip
+    else:
+        row_tiles = -(-n // 64)
+        splits = len(plan.bundles) // len(plan.tiles)
+        decode_small[(batch * heads * row_tiles * splits,)](
+            *inputs, *results, *filled,
+            heads, heads // kv_heads, n, slots, row_tiles, splits, *row_strides, scale2,
+            **constants, launch_pdl=True,
+        )  # fmt: skip
+    if tables.units:
+        combine[(tables.merges.shape[0], 64 // ROWS)](
+            part, part_lse, out, lse, tables.merges, heads, n, *out.stride()[:3],
+            D=d, ROWS=ROWS, MAX_PARTS=MAX_PARTS, AT_ONCE=PARTS_AT_ONCE, num_warps=4, launch_pdl=True,
+        )  # fmt: skip

@@ -1,0 +1,493 @@
+"""Decode for blocks that fill the GPU: persistent CTAs, each a producer and several consumers, walk a table of parts.
+
+B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N queries, S ring slots, D head dim,
+W consumer warpgroups, R rounds of the table, P CTAs.
+
+Key tiles are counted back from the end of the filled slots [0, valid): tile t holds the slots from valid - (t + 1) BN
+up to valid - t BN. So no slot past `valid` is ever read, and the slots that the last tile holds below zero are filled
+with zeros by the copy engine; that tile alone needs its scores masked.
+"""
+
+# ruff: noqa: RUF059 (tuples travel whole between the partitions; each names all that it gets)
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .compat import allow_dependents, await_prerequisites, box, named_arrive, named_sync, tma_load, tma_store
+from .decode_plan import key_tiles_of_part
+from .softmax import first_weights, next_weights, rescale
+
+FIELDS = gl.constexpr(8)  # of an item in the table: row, head, first query, first and last part of the keys, unit
+TURN = gl.constexpr(12)  # the first of W named barriers, with which the consumers take turns at the tensor cores
+
+
+@gluon.jit
+def _advance(stage, phase, STAGES: gl.constexpr):
+    """Step through a ring of buffers; the phase flips when it wraps."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def _item(table, sizes, i_round, BN: gl.constexpr, HAS_LANES: gl.constexpr):
+    """Read one item of this CTA: row, ring lane, head, first query, number of key tiles, first slot, unit.
+
+    The part of the keys is a fraction of the ring's capacity, applied to what is filled. The first slot is that of the
+    part's last tile, with which the loop begins; it is negative if the tile is the ragged one.
+    """
+    heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes = sizes
+    p_items, p_valid, p_lanes = table
+    p_item = p_items + (i_round * gl.num_programs(0) + gl.program_id(0)) * FIELDS
+    i_b = gl.load(p_item)
+    i_h = gl.load(p_item + 1)
+    i_n = gl.load(p_item + 2)
+    low = gl.load(p_item + 3)
+    high = gl.load(p_item + 4)
+    unit = gl.load(p_item + 5)
+    valid = gl.minimum(gl.load(p_valid + i_b.to(gl.int64) * stride_valid), slots)
+    if HAS_LANES:
+        lane = gl.load(p_lanes + i_b.to(gl.int64) * stride_lanes).to(gl.int32)
+    else:
+        lane = i_b
+    first, last = key_tiles_of_part(low, high, valid, slot_tiles, BN)
+    return i_b, lane, i_h, i_n, (last - first).to(gl.int32), (valid - last * BN).to(gl.int32), unit
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, table, sizes, q_smem, q_bars, buffers,
+    W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LANES: gl.constexpr,
+):  # fmt: skip
+    """Copy each item's queries, then its key and value tiles in the order in which the consumers take them."""
+    heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes = sizes
+    k_smem, v_smem, k_bars, v_bars = buffers
+    q_full, q_empty = q_bars
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    stage = 0
+    phase = 1
+    q_phase = 1
+    for i_round in range(rounds):
+        i_b, lane, i_h, i_n, tiles, slot, unit = _item(table, sizes, i_round, BN, HAS_LANES)
+        if tiles > 0:
+            mbarrier.wait(q_empty, q_phase)
+            mbarrier.expect(q_full, W * 64 * D * 2)
+            for w in gl.static_range(W):
+                tma_load(q_desc, [i_b, i_h, i_n + w * 64, 0], q_full, box(q_smem.index(w), 64, D))
+            q_phase ^= 1
+        i_kv = i_h // group
+        for _ in range(tiles):
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), BN * D * 2)
+            tma_load(k_desc, [lane, i_kv, slot, 0], k_full.index(stage), box(k_smem.index(stage), BN, D))
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), BN * D * 2)
+            tma_load(v_desc, [lane, i_kv, slot, 0], v_full.index(stage), box(v_smem.index(stage), BN, D))
+            slot += BN
+            stage, phase = _advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _scores(q, k, ZERO_LAYOUT: gl.constexpr, BN: gl.constexpr):
+    """Issue S = Q K^T."""
+    zero = gl.zeros([64, BN], gl.float32, ZERO_LAYOUT)
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _attend(
+    q, q_empty, buffers, stage, phase, tiles, slot, scale2,
+    W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr,
+):  # fmt: skip
+    """Run the loop over the key tiles of an item; return the accumulator, the softmax's top and total, stage, phase.
+
+    The matmul O += P V of a tile is issued behind the scores of the next one and runs while their softmax is computed.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    k_smem, v_smem, k_bars, v_bars = buffers
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    mbarrier.wait(k_full.index(stage), phase)
+    if TURNS:
+        named_sync(TURN + ME, 256)
+    s = _scores(q, k_smem.index(stage), SCORES, BN)
+    if TURNS:
+        named_arrive(TURN + (ME + 1) % W, 256)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    exists = gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES)) + slot >= 0
+    weights, top, total = first_weights(gl.where(exists[None, :], s, float("-inf")), scale2)
+    acc = gl.zeros([64, D], gl.float32, ACC)
+    p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
+    for _ in range(1, tiles):
+        v_stage = stage
+        v_phase = phase
+        stage, phase = _advance(stage, phase, STAGES)
+        mbarrier.wait(k_full.index(stage), phase)
+        if TURNS:
+            named_sync(TURN + ME, 256)
+        s = _scores(q, k_smem.index(stage), SCORES, BN)
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        acc = warpgroup_mma(p, v_smem.index(v_stage), acc, is_async=True)
+        if TURNS:
+            named_arrive(TURN + (ME + 1) % W, 256)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        weights, top, total, fade = next_weights(s, top, total, scale2)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        acc = rescale(acc, gl.convert_layout(fade, gl.SliceLayout(1, ACC), assert_trivial=True), D)
+        p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
+    mbarrier.arrive(q_empty, count=1)
+    mbarrier.wait(v_full.index(stage), phase)
+    acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(stage), count=1)
+    stage, phase = _advance(stage, phase, STAGES)
+    return acc, top, total, stage, phase
+
+
+@gluon.jit
+def _pass_on(
+    buffers, stage, phase, tiles, W: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr
+):
+    """Give an item's tiles back unread: this consumer's rows lie past the last query."""
+    k_smem, v_smem, k_bars, v_bars = buffers
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    for _ in range(tiles):
+        mbarrier.wait(k_full.index(stage), phase)
+        if TURNS:
+            named_sync(TURN + ME, 256)
+            named_arrive(TURN + (ME + 1) % W, 256)
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        stage, phase = _advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def _consumer(
+    results, table, sizes, scale2, q, out_smem, q_bars, buffers,
+    W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    HAS_LANES: gl.constexpr, ME: gl.constexpr,
+):  # fmt: skip
+    """Own 64 query rows of each item. A whole item goes to the output, a part of one to the workspace."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes = sizes
+    out_desc, p_lse, p_part, p_part_lse = results
+    q_full, q_empty = q_bars
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    stage = 0
+    phase = 0
+    q_phase = 0
+    if TURNS and ME == W - 1:
+        named_arrive(TURN, 256)
+    for i_round in range(rounds):
+        i_b, lane, i_h, i_n, tiles, slot, unit = _item(table, sizes, i_round, BN, HAS_LANES)
+        i_n += ME * 64
+        unit_rows = (unit + ME).to(gl.int64) * 64
+        if tiles == 0:
+            if unit >= 0:
+                gl.store(p_part_lse + unit_rows + rows, gl.full([64], float("-inf"), gl.float32, rows.type.layout))
+        else:
+            mbarrier.wait(q_full, q_phase)
+            q_phase ^= 1
+            if i_n >= n:
+                mbarrier.arrive(q_empty, count=1)
+                stage, phase = _pass_on(buffers, stage, phase, tiles, W, STAGES, TURNS, ME)
+            else:
+                acc, top, total, stage, phase = _attend(
+                    q, q_empty, buffers, stage, phase, tiles, slot, scale2, W, BN, D, STAGES, TURNS, ME
+                )
+                lse = top + gl.log2(total)
+                acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, ACC), assert_trivial=True))[:, None]
+                if unit < 0:
+                    p_row = p_lse + (i_b * heads + i_h).to(gl.int64) * n + i_n
+                    gl.store(p_row + rows, lse * 0.6931471805599453, mask=rows + i_n < n)
+                    tma.store_wait(0)
+                    out_smem.store(acc.to(q.dtype))
+                    fence_async_shared()
+                    tma_store(out_desc, [i_b, i_h, i_n, 0], box(out_smem, 64, D))
+                else:
+                    gl.store(p_part_lse + unit_rows + rows, lse)
+                    part_rows = unit_rows + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+                    columns = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
+                    gl.store(p_part + part_rows[:, None] * D + columns[None, :], acc)
+    if TURNS and ME == 0:
+        named_sync(TURN, 256)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Return COUNT mbarriers that a copy completes (full) and as many that ARRIVALS consumers complete (empty)."""
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=ARRIVALS)
+    return full, empty
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "group", "n", "slots", "slot_tiles", "rounds", "stride_valid", "stride_lanes",
+    ],
+    do_not_specialize_on_alignment=["p_valid", "p_lanes"],
+)  # fmt: skip
+def decode_persistent(
+    q_desc, k_desc, v_desc, out_desc, p_lse, p_part, p_part_lse, p_items, p_valid, p_lanes,
+    heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes, scale2,
+    W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr, HAS_LANES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Set up the shared buffers, then split into the producer and W consumers of 64 query rows each.
+
+    The items of this CTA are column `program_id` of the table [R, P]; an unused entry has no keys and no unit.
+    """
+    TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [W, 64, D], TILES)
+    k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
+    v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
+    out_smem = gl.allocate_shared_memory(q_desc.dtype, [W, 64, D], TILES)
+    q_full, q_empty = _barriers(1, W)
+    q_bars = (q_full.index(0), q_empty.index(0))
+    k_bars = _barriers(STAGES, W)
+    v_bars = _barriers(STAGES, W)
+    fence_async_shared()
+    await_prerequisites()
+    allow_dependents()
+    sizes = (heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes)
+    buffers = (k_smem, v_smem, k_bars, v_bars)
+    table = (p_items, p_valid, p_lanes)
+    results = (out_desc, p_lse, p_part, p_part_lse)
+    if W == 2:
+        gl.warp_specialize(
+            [
+                (
+                    _producer,
+                    (q_desc, k_desc, v_desc, table, sizes, q_smem, q_bars, buffers, W, BN, D, STAGES, HAS_LANES),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(0),
+                        out_smem.index(0),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        0,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(1),
+                        out_smem.index(1),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        1,
+                    ),
+                ),
+            ],
+            [4, 4],
+            [REGISTERS, REGISTERS],
+        )
+    elif W == 3:
+        gl.warp_specialize(
+            [
+                (
+                    _producer,
+                    (q_desc, k_desc, v_desc, table, sizes, q_smem, q_bars, buffers, W, BN, D, STAGES, HAS_LANES),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(0),
+                        out_smem.index(0),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        0,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(1),
+                        out_smem.index(1),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        1,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(2),
+                        out_smem.index(2),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        2,
+                    ),
+                ),
+            ],
+            [4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _producer,
+                    (q_desc, k_desc, v_desc, table, sizes, q_smem, q_bars, buffers, W, BN, D, STAGES, HAS_LANES),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(0),
+                        out_smem.index(0),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        0,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(1),
+                        out_smem.index(1),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        1,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(2),
+                        out_smem.index(2),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        2,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        results,
+                        table,
+                        sizes,
+                        scale2,
+                        q_smem.index(3),
+                        out_smem.index(3),
+                        q_bars,
+                        buffers,
+                        W,
+                        BN,
+                        D,
+                        STAGES,
+                        TURNS,
+                        HAS_LANES,
+                        3,
+                    ),
+                ),
+            ],
+            [4, 4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
+        )

@@ -1,0 +1,292 @@
+"""Who computes what in a decode call: tiles of query rows, the parts that their keys are cut into, and the CTA of each.
+
+A tile is W * 64 query rows of one head. Its keys are cut in fractions of the ring's capacity, counted in key tiles, so
+that one plan serves every filled length and every step of a CUDA graph. How a lane's tiles are cut depends on
+capacities alone and is the same for every lane, whatever rows a call has: a lane's bits depend on nothing else. Only
+the assignment of the parts to CTAs sees the number of rows.
+
+B rows of the call, L ring lanes, W warpgroups of 64 query rows in a tile, C key tiles of a full ring.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+from triton.experimental import gluon
+
+from .combine import MAX_PARTS
+
+
+@gluon.jit
+def key_tiles_of_part(low, high, valid, slot_tiles, BN):
+    """Return the key tiles [first, last) of the part [low, high) of `slot_tiles` when `valid` slots are filled."""
+    filled = (valid + BN - 1) // BN
+    return low * filled // slot_tiles, high * filled // slot_tiles
+
+
+class Config(NamedTuple):
+    """Tiles and pipeline of a decode kernel.
+
+    Attributes:
+        warpgroups: of 64 query rows in a tile; 1 is the kernel of decode_small.py, 2 to 4 that of decode_persistent.py.
+        key_tile: keys of a tile.
+        stages: key tiles, and as many value tiles, under way.
+        turns: whether the consumers take turns at the tensor cores.
+        registers: of a consumer's thread.
+        resident: CTAs that share a multiprocessor.
+        cycles: of a multiprocessor for one tile of queries against one tile of keys, all residents together.
+    """
+
+    warpgroups: int
+    key_tile: int
+    stages: int
+    turns: bool = False
+    registers: int = 240
+    resident: int = 1
+    cycles: float = 1.0
+
+
+# Cycles of the persistent configurations were measured on an H200; those of the small ones are fitted to whole calls.
+CONFIGS = {
+    64: (
+        Config(4, 64, 4, registers=112, cycles=1903),
+        Config(3, 128, 3, turns=True, registers=160, cycles=2664),
+        Config(2, 128, 3, cycles=2040),
+        Config(1, 128, 2, resident=3, cycles=1200),
+    ),
+    128: (
+        Config(2, 128, 2, cycles=2355),
+        Config(1, 64, 2, resident=2, cycles=861),
+    ),
+}
+_START = {True: 4500.0, False: 3000.0}  # cycles of a launch until its first matmul: persistent kernel, small one
+_PART = 2500.0  # cycles of a part besides its key tiles: first scores, last matmul, result
+_MERGE = 3000.0  # cycles of the merge's launch
+_MERGE_BYTES = 3200.0  # of partial results, written and read in a cycle
+_CUT = (
+    1.08  # slowdown of cut tiles: neighbours read other keys of a head and miss each other's in the second-level cache
+)
+_ALONE = 1.5  # slowdown of a small CTA that has no neighbour to fill its waits
+_SHORTEST = 2  # key tiles of a part that is worth a CTA's start
+_SPLITS = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # of the small kernel
+
+
+class Tile(NamedTuple):
+    """W * 64 query rows of a head; `weight` is its cost for each key tile, 1 if all warpgroups have rows."""
+
+    head: int
+    first: int
+    weight: float
+
+
+class Part(NamedTuple):
+    """The fraction [low, high) of C key tiles for one tile of a lane, by its index."""
+
+    tile: int
+    low: int
+    high: int
+
+
+class LanePlan(NamedTuple):
+    """The work of one ring lane.
+
+    Attributes:
+        tiles: its query tiles.
+        bundles: parts that one CTA runs one after the other; those of cut tiles come first.
+    """
+
+    config: Config
+    slot_tiles: int
+    tiles: tuple[Tile, ...]
+    bundles: tuple[tuple[Part, ...], ...]
+
+
+class Table(NamedTuple):
+    """What the kernels read.
+
+    Attributes:
+        ctas, rounds: the items are a matrix [rounds, ctas].
+        items: (row, head, first query, low, high, unit, 0, 0); unit -1 writes the result, others a partial one.
+        merges: (row, head, first query, first unit, units between parts, parts) for each 64 rows of a cut tile.
+        units: 64-row units of partial results.
+    """
+
+    ctas: int
+    rounds: int
+    items: list[tuple[int, ...]]
+    merges: list[tuple[int, ...]]
+    units: int
+
+
+def query_tiles(heads: int, n: int, warpgroups: int) -> tuple[Tile, ...]:
+    """Return the query tiles of a lane, the ones with idle warpgroups last."""
+    rows = warpgroups * 64
+    starts = [(i_h, first) for i_h in range(heads) for first in range(0, n, rows)]
+    tiles = [Tile(i_h, first, min(1.0, -(-(n - first) // 64) / warpgroups) ** 0.75) for i_h, first in starts]
+    return tuple(sorted(tiles, key=lambda tile: tile.weight < 1))
+
+
+def cut(tiles: Sequence[Tile], slot_tiles: int, whole: int, ranges: int) -> tuple[tuple[Part, ...], ...]:
+    """Leave the first `whole` tiles whole and cut the others, laid end to end, into `ranges` bundles of equal cost.
+
+    A cut next to a tile's end moves there.
+    """
+    bundles: list[list[Part]] = [[] for _ in range(ranges)]
+    total = sum(tile.weight for tile in tiles[whole:])
+    start = 0.0
+    for i_tile, tile in enumerate(tiles[whole:], whole):
+        end = start + tile.weight
+        first, last = int(start / total * ranges), min(int(end / total * ranges), ranges - 1)
+        edges = [0]
+        for i in range(first + 1, last + 1):
+            at = round((i / ranges * total - start) / tile.weight * slot_tiles)
+            at = 0 if at < _SHORTEST else slot_tiles if at > slot_tiles - _SHORTEST else at
+            edges.append(max(edges[-1], at))
+        edges.append(slot_tiles)
+        for i, (low, high) in enumerate(pairwise(edges), first):
+            if low < high:
+                bundles[i].append(Part(i_tile, low, high))
+        start = end
+    whole_tiles = [(Part(i, 0, slot_tiles),) for i in range(whole)]
+    return (*(tuple(b) for b in bundles if b), *whole_tiles)
+
+
+def assign(costs: Sequence[float], ctas: int) -> list[list[int]]:
+    """Give each bundle, dearest first, to the CTA with the least to do; return the bundles of each in call order."""
+    loads = [(0.0, i) for i in range(ctas)]
+    lists: list[list[int]] = [[] for _ in range(ctas)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, cta = heapq.heappop(loads)
+        lists[cta].append(i)
+        heapq.heappush(loads, (load + costs[i], cta))
+    return [sorted(x) for x in lists]
+
+
+def bundle_costs(plan: LanePlan) -> list[float]:
+    """Return the cycles of each bundle."""
+    cycles = plan.config.cycles * plan.config.resident
+    costs = []
+    for bundle in plan.bundles:
+        tiles = sum(plan.tiles[part.tile].weight * (part.high - part.low) for part in bundle)
+        is_cut = bundle[0].high - bundle[0].low < plan.slot_tiles
+        costs.append(tiles * cycles * (_CUT if is_cut else 1.0) + len(bundle) * _PART)
+    return costs
+
+
+def cost_of(plan: LanePlan, lanes: int, multiprocessors: int, head_dim: int) -> float:
+    """Return the modelled cycles of a call for all lanes of a full ring."""
+    config = plan.config
+    costs = bundle_costs(plan) * lanes
+    if config.warpgroups > 1:
+        ctas = multiprocessors * config.resident
+        busiest = max(sum(costs[i] for i in x) for x in assign(costs, ctas))
+    else:
+        shared = -(-len(costs) // multiprocessors)
+        waves = -(-shared // config.resident)
+        run = (max(costs) - _PART) / config.resident
+        busiest = max(shared, waves * _ALONE) * run + waves * _PART
+    counts = parts_of(plan)
+    units = lanes * config.warpgroups * sum(count for count in counts if count > 1)
+    merge = _MERGE + units * 64 * head_dim * 8 / _MERGE_BYTES if units else 0.0
+    return _START[config.warpgroups > 1] + busiest + merge
+
+
+def lane_plans(config: Config, heads: int, n: int, slots: int, lanes: int, multiprocessors: int) -> list[LanePlan]:
+    """Return the plans worth comparing: all tiles whole, the last wave cut or the last two, every tile cut alike."""
+    tiles = query_tiles(heads, n, config.warpgroups)
+    slot_tiles = -(-slots // config.key_tile)
+    ctas = multiprocessors * config.resident
+    cuts = {(len(tiles), 0)}
+    if config.warpgroups == 1:
+        cuts |= {(0, len(tiles) * splits) for splits in _SPLITS if splits * _SHORTEST <= slot_tiles}
+    else:
+        waves = lanes * len(tiles) // ctas
+        for whole in {min(len(tiles), w * ctas // lanes) for w in (waves, waves - 1) if w >= 0}:
+            most = (len(tiles) - whole) * slot_tiles // _SHORTEST
+            for ranges in {ctas // lanes, -(-ctas // lanes), 2 * ctas // lanes}:
+                if min(ranges, most) > 0:
+                    cuts.add((whole, min(ranges, most)))
+        if lanes * len(tiles) * 2 <= ctas:
+            cuts.add((0, len(tiles) * min(ctas // (lanes * len(tiles)), max(1, slot_tiles // _SHORTEST))))
+    plans = [LanePlan(config, slot_tiles, tiles, cut(tiles, slot_tiles, *c)) for c in sorted(cuts)]
+    return [plan for plan in plans if max(parts_of(plan)) <= MAX_PARTS]
+
+
+def is_small(heads: int, n: int, lanes: int, multiprocessors: int) -> bool:
+    """Tell whether a call has so few tiles of 64 query rows that the kernel for those is worth a look."""
+    return lanes * heads * -(-n // 64) <= 4 * multiprocessors
+
+
+def parts_of(plan: LanePlan) -> list[int]:
+    """Return into how many parts each tile is cut."""
+    counts = [0] * len(plan.tiles)
+    for bundle in plan.bundles:
+        for part in bundle:
+            counts[part.tile] += 1
+    return counts
+
+
+@lru_cache(maxsize=1024)
+def plan_lane(
+    head_dim: int, heads: int, n: int, slots: int, lanes: int, multiprocessors: int, config: Config | None = None
+) -> LanePlan:
+    """Choose configuration and cuts from capacities only.
+
+    Args:
+        head_dim: 64 or 128.
+        heads: query heads.
+        n: queries of a head.
+        slots: of a lane.
+        lanes: of the ring.
+        multiprocessors: of the GPU.
+        config: replaces the choice among CONFIGS.
+    """
+    small = is_small(heads, n, lanes, multiprocessors)
+    configs = (config,) if config else [c for c in CONFIGS[head_dim] if c.warpgroups > 1 or small]
+    plans = [x for c in configs for x in lane_plans(c, heads, n, slots, lanes, multiprocessors)]
+    return min(plans, key=lambda plan: cost_of(plan, lanes, multiprocessors, head_dim))
+
+
+def table_of(plan: LanePlan, rows: int, n: int, multiprocessors: int) -> Table:
+    """Assign the work of `rows` lanes to CTAs, cut tiles first, so that the CTAs go through whole ones side by side."""
+    w = plan.config.warpgroups
+    counts = parts_of(plan)
+    units, first_unit = 0, [-1] * len(counts)
+    for i, count in enumerate(counts):
+        if count > 1:
+            first_unit[i] = units
+            units += count * w
+    ctas = min(multiprocessors * plan.config.resident, rows * len(plan.bundles))
+    lists = assign(bundle_costs(plan) * rows, ctas)
+    seen = [[0] * len(counts) for _ in range(rows)]
+    items_of_bundle = []
+    for b in range(rows):
+        for bundle in plan.bundles:
+            items = []
+            for part in bundle:
+                tile, unit = plan.tiles[part.tile], first_unit[part.tile]
+                if unit >= 0:
+                    unit += b * units + seen[b][part.tile] * w
+                    seen[b][part.tile] += 1
+                items.append((b, tile.head, tile.first, part.low, part.high, unit, 0, 0))
+            items_of_bundle.append(items)
+    columns = [
+        [item for i in sorted(x, key=lambda i: items_of_bundle[i][0][5] < 0) for item in items_of_bundle[i]]
+        for x in lists
+    ]
+    rounds = max(len(column) for column in columns)
+    unused = (0, 0, 0, 0, 0, -1, 0, 0)
+    items = [column[r] if r < len(column) else unused for r in range(rounds) for column in columns]
+    merges = [
+        (b, tile.head, tile.first + 64 * i, b * units + first_unit[i_tile] + i, w, counts[i_tile])
+        for b in range(rows)
+        for i_tile, tile in enumerate(plan.tiles)
+        if counts[i_tile] > 1
+        for i in range(w)
+        if tile.first + 64 * i < n
+    ]
+    return Table(ctas, rounds, items, merges, rows * units)
