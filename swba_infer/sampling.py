@@ -36,6 +36,15 @@ def noise_key(*parts: int) -> int:
     return key >> 1
 
 
+def draw_noise(
+    seed: int, lane: int, block: int, step: int, shape: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
+    """Draw float32 normal noise that only (seed, lane, block, step) and the kind of device decide."""
+    generator = torch.Generator(device if device is not None else "cpu")
+    generator.manual_seed(noise_key(seed, lane, block, step))
+    return torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowSampler:
     """How a frame is drawn.
@@ -77,13 +86,8 @@ class FlowSampler:
         shape: Sequence[int],
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw float32 normal noise that only (seed, lane, block, step) and the kind of device decide.
-
-        By convention step 0 is the start of a block and step `steps` the noise of its commit.
-        """
-        generator = torch.Generator(device if device is not None else "cpu")
-        generator.manual_seed(noise_key(seed, lane, block, step))
-        return torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+        """Draw a block's noise; by convention step 0 is its start and step `steps` the noise of its commit."""
+        return draw_noise(seed, lane, block, step, shape, device)
 
     @staticmethod
     def advance(x: Tensor, clean: Tensor, t: float, s: float) -> Tensor:
