@@ -67,13 +67,13 @@ def _item(table, sizes, i_round, BN: gl.constexpr, HAS_LANES: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, table, sizes, q_smem, q_bars, buffers,
+    q_desc, k_desc, v_desc, table, sizes, queries, keys,
     W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LANES: gl.constexpr,
 ):  # fmt: skip
     """Copy each item's queries, then its key and value tiles in the order in which the consumers take them."""
     heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes = sizes
-    k_smem, v_smem, k_bars, v_bars = buffers
-    q_full, q_empty = q_bars
+    q_smem, out_smem, q_full, q_empty = queries
+    k_smem, v_smem, k_bars, v_bars = keys
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     stage = 0
@@ -108,7 +108,7 @@ def _scores(q, k, ZERO_LAYOUT: gl.constexpr, BN: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    q, q_empty, buffers, stage, phase, tiles, slot, scale2,
+    q, q_empty, keys, stage, phase, tiles, slot, scale2,
     W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """Run the loop over the key tiles of an item; return the accumulator, the softmax's top and total, stage, phase.
@@ -118,7 +118,7 @@ def _attend(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    k_smem, v_smem, k_bars, v_bars = buffers
+    k_smem, v_smem, k_bars, v_bars = keys
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     mbarrier.wait(k_full.index(stage), phase)
@@ -150,7 +150,7 @@ def _attend(
         weights, top, total, fade = next_weights(s, top, total, scale2)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
-        acc = rescale(acc, gl.convert_layout(fade, gl.SliceLayout(1, ACC), assert_trivial=True), D)
+        acc = rescale(acc, fade)
         p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     mbarrier.arrive(q_empty, count=1)
     mbarrier.wait(v_full.index(stage), phase)
@@ -162,11 +162,9 @@ def _attend(
 
 
 @gluon.jit
-def _pass_on(
-    buffers, stage, phase, tiles, W: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr
-):
+def _pass_on(keys, stage, phase, tiles, W: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr):
     """Give an item's tiles back unread: this consumer's rows lie past the last query."""
-    k_smem, v_smem, k_bars, v_bars = buffers
+    k_smem, v_smem, k_bars, v_bars = keys
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     for _ in range(tiles):
@@ -183,7 +181,7 @@ def _pass_on(
 
 @gluon.jit
 def _consumer(
-    results, table, sizes, scale2, q, out_smem, q_bars, buffers,
+    results, table, sizes, scale2, queries, keys,
     W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     HAS_LANES: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
@@ -192,7 +190,9 @@ def _consumer(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes = sizes
     out_desc, p_lse, p_part, p_part_lse = results
-    q_full, q_empty = q_bars
+    q_smem, out_smem, q_full, q_empty = queries
+    q = q_smem.index(ME)
+    staged = out_smem.index(ME)
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     stage = 0
     phase = 0
@@ -211,10 +211,10 @@ def _consumer(
             q_phase ^= 1
             if i_n >= n:
                 mbarrier.arrive(q_empty, count=1)
-                stage, phase = _pass_on(buffers, stage, phase, tiles, W, STAGES, TURNS, ME)
+                stage, phase = _pass_on(keys, stage, phase, tiles, W, STAGES, TURNS, ME)
             else:
                 acc, top, total, stage, phase = _attend(
-                    q, q_empty, buffers, stage, phase, tiles, slot, scale2, W, BN, D, STAGES, TURNS, ME
+                    q, q_empty, keys, stage, phase, tiles, slot, scale2, W, BN, D, STAGES, TURNS, ME
                 )
                 lse = top + gl.log2(total)
                 acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, ACC), assert_trivial=True))[:, None]
@@ -222,9 +222,9 @@ def _consumer(
                     p_row = p_lse + (i_b * heads + i_h).to(gl.int64) * n + i_n
                     gl.store(p_row + rows, lse * 0.6931471805599453, mask=rows + i_n < n)
                     tma.store_wait(0)
-                    out_smem.store(acc.to(q.dtype))
+                    staged.store(acc.to(q.dtype))
                     fence_async_shared()
-                    tma_store(out_desc, [i_b, i_h, i_n, 0], box(out_smem, 64, D))
+                    tma_store(out_desc, [i_b, i_h, i_n, 0], box(staged, 64, D))
                 else:
                     gl.store(p_part_lse + unit_rows + rows, lse)
                     part_rows = unit_rows + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
@@ -268,226 +268,35 @@ def decode_persistent(
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
     out_smem = gl.allocate_shared_memory(q_desc.dtype, [W, 64, D], TILES)
     q_full, q_empty = _barriers(1, W)
-    q_bars = (q_full.index(0), q_empty.index(0))
-    k_bars = _barriers(STAGES, W)
-    v_bars = _barriers(STAGES, W)
+    keys = (k_smem, v_smem, _barriers(STAGES, W), _barriers(STAGES, W))
     fence_async_shared()
     await_prerequisites()
     allow_dependents()
     sizes = (heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes)
-    buffers = (k_smem, v_smem, k_bars, v_bars)
     table = (p_items, p_valid, p_lanes)
+    queries = (q_smem, out_smem, q_full.index(0), q_empty.index(0))
     results = (out_desc, p_lse, p_part, p_part_lse)
+    # The partitions are spelled out because Gluon takes no list that is built, and no tuple that holds a constexpr.
+    # fmt: off
     if W == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _producer,
-                    (q_desc, k_desc, v_desc, table, sizes, q_smem, q_bars, buffers, W, BN, D, STAGES, HAS_LANES),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(0),
-                        out_smem.index(0),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        0,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(1),
-                        out_smem.index(1),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        1,
-                    ),
-                ),
-            ],
-            [4, 4],
-            [REGISTERS, REGISTERS],
-        )
+        gl.warp_specialize([
+            (_producer, (q_desc, k_desc, v_desc, table, sizes, queries, keys, W, BN, D, STAGES, HAS_LANES)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 0)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 1)),
+        ], [4, 4], [REGISTERS, REGISTERS])
     elif W == 3:
-        gl.warp_specialize(
-            [
-                (
-                    _producer,
-                    (q_desc, k_desc, v_desc, table, sizes, q_smem, q_bars, buffers, W, BN, D, STAGES, HAS_LANES),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(0),
-                        out_smem.index(0),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        0,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(1),
-                        out_smem.index(1),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        1,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(2),
-                        out_smem.index(2),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        2,
-                    ),
-                ),
-            ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS],
-        )
+        gl.warp_specialize([
+            (_producer, (q_desc, k_desc, v_desc, table, sizes, queries, keys, W, BN, D, STAGES, HAS_LANES)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 0)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 1)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 2)),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])
     else:
-        gl.warp_specialize(
-            [
-                (
-                    _producer,
-                    (q_desc, k_desc, v_desc, table, sizes, q_smem, q_bars, buffers, W, BN, D, STAGES, HAS_LANES),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(0),
-                        out_smem.index(0),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        0,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(1),
-                        out_smem.index(1),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        1,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(2),
-                        out_smem.index(2),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        2,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        results,
-                        table,
-                        sizes,
-                        scale2,
-                        q_smem.index(3),
-                        out_smem.index(3),
-                        q_bars,
-                        buffers,
-                        W,
-                        BN,
-                        D,
-                        STAGES,
-                        TURNS,
-                        HAS_LANES,
-                        3,
-                    ),
-                ),
-            ],
-            [4, 4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
-        )
+        gl.warp_specialize([
+            (_producer, (q_desc, k_desc, v_desc, table, sizes, queries, keys, W, BN, D, STAGES, HAS_LANES)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 0)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 1)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 2)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 3)),
+        ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])
+    # fmt: on

@@ -71,7 +71,7 @@ def _loop(
         cta_barrier()
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
-        acc = rescale(acc, gl.convert_layout(fade, gl.SliceLayout(1, ACC), assert_trivial=True), D)
+        acc = rescale(acc, fade)
         p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     mbarrier.wait(v_full.index((tiles - 1) % STAGES), (tiles - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
@@ -90,7 +90,7 @@ def decode_small(
     heads, group, n, slots, row_tiles, splits, stride_valid, stride_lanes, scale2,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LANES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Own one of `splits` parts of the keys of one query tile; write the output, or with several splits the workspace."""
+    """Own one of `splits` parts of the keys of one query tile; write the output, or if cut the workspace."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
