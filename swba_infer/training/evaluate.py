@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bench.report import device_name, write_json
 from ..checkpoint import load_model, resolve_directory
 from ..device import pick_device
 from ..engine import StreamingEngine
@@ -35,7 +37,8 @@ DESCRIPTION = """Measure a trained world on held-out episodes and draw contact s
 Next frame: the model continues real history by one frame at a time, against copying the last frame. Rollouts: many
 streams at once run on their own pictures, half with the actions of the held-out episodes, half with random turns."""
 SWEEP_STEPS = (1, 2, 3, 4)
-SWEEP_NOISE = (0.0, 0.05, 0.1, 0.2)
+SWEEP_SHIFTS = (1.0, 3.0)
+SWEEP_NOISE = (0.0, 0.1)
 
 
 class World:
@@ -236,6 +239,14 @@ class Evaluation:
         self.bank, self.real = metrics.thumbnails(sample), metrics.histogram(sample[:5000])
         longest = max(end - start for start, end in self.held.bounds)
         self.stretch = min(length, longest - context, 400)
+        self.facts = {
+            "lanes": lanes,
+            "frames": length,
+            "context": context,
+            "bank": len(pick),
+            "device": device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
 
     def references(self) -> dict[str, Any]:
         """Measure the real held-out episodes with the same instruments."""
@@ -272,33 +283,36 @@ class Evaluation:
             "over_time": [statistics(part, self.bank, self.real) for part in parts],
         }
 
-    def sweep(self, length: int = 300, frames: int = 40) -> list[dict[str, Any]]:
-        """Compare numbers of steps and levels of context noise on short runs, with a sheet of one lane each."""
+    def sweep(
+        self, samplers: Sequence[FlowSampler], length: int = 300, frames: int = 40, seconds: float = float("inf")
+    ) -> list[dict[str, Any]]:
+        """Compare samplers on short runs, with a sheet of two lanes each; start none after so many `seconds`."""
         table, rows = [], []
         columns = [int(x) for x in torch.linspace(0, length - 1, 10)]
-        for steps in SWEEP_STEPS:
-            for noise in SWEEP_NOISE:
-                sampler = replace(self.sampler, steps=steps, context_noise=noise)
-                begin = time.perf_counter()
-                run, actions = self.rollout(sampler, length)
-                table.append(
-                    {
-                        "steps": steps,
-                        "context_noise": noise,
-                        **{name: value for name, value in self.next_frame(sampler, frames).items() if "psnr" in name},
-                        "turn_agreement": metrics.turn_agreement(run, actions).overall,
-                        **statistics(run[:, length // 2 :], self.bank, self.real),
-                        "seconds": round(time.perf_counter() - begin, 2),
-                    }
-                )
-                rows += [(f"{steps} steps\nnoise {noise}\nlane {i}", run[i, columns]) for i in (1, self.lanes - 1)]
+        started = time.perf_counter()
+        for sampler in samplers:
+            begin = time.perf_counter()
+            if table and begin - started > seconds:
+                break
+            run, actions = self.rollout(sampler, length)
+            table.append(
+                {
+                    **sampler.to_dict(),
+                    **{name: value for name, value in self.next_frame(sampler, frames).items() if "psnr" in name},
+                    "turn_agreement": metrics.turn_agreement(run, actions).overall,
+                    **statistics(run[:, length // 2 :], self.bank, self.real),
+                    "seconds": round(time.perf_counter() - begin, 2),
+                }
+            )
+            label = f"{sampler.steps} steps\nshift {sampler.shift}\nnoise {sampler.context_noise}"
+            rows += [(f"{label}\nlane {i}", run[i, columns]) for i in (1, self.lanes - 1)]
         contact_sheet(rows, self.out / "sweep.png", scale=1)
         return table
 
     def run(self, *, sweep: bool = True) -> dict[str, Any]:
         """Measure everything and write metrics.json, contact.png, rollouts.png (and sweep.png)."""
         self.out.mkdir(parents=True, exist_ok=True)
-        result: dict[str, Any] = {"lanes": self.lanes, "real": self.references()}
+        result: dict[str, Any] = {**self.facts, "real": self.references()}
         result["sampler"] = self.sampler.to_dict()
         result["next_frame"] = self.next_frame(self.sampler, 200)
         result["next_frame_one_step"] = self.next_frame(replace(self.sampler, steps=1), 100)
@@ -309,13 +323,15 @@ class Evaluation:
         self._sheets(frames)
         self._write(result)
         if sweep:
-            result["sweep"] = self.sweep()
+            choices = itertools.product(SWEEP_STEPS, SWEEP_SHIFTS, SWEEP_NOISE)
+            result["sweep"] = self.sweep(
+                [FlowSampler(steps=steps, shift=shift, context_noise=noise) for steps, shift, noise in choices]
+            )
             self._write(result)
         return result
 
     def _write(self, result: dict[str, Any]) -> None:
-        with replacing(self.out / "metrics.json") as path:
-            path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(self.out / "metrics.json", result)
 
     def _sheets(self, frames: Tensor) -> None:
         real, _ = history(self.held, self.lanes, self.context, self.stretch)
@@ -344,7 +360,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lanes", type=int, default=16, help="streams side by side (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=1000, help="frames of the long rollout (default: %(default)s)")
     parser.add_argument("--context", type=int, default=16, help="real frames before it (default: %(default)s)")
-    parser.add_argument("--no-sweep", action="store_true", help="leave out the comparison of steps and context noise")
+    parser.add_argument("--no-sweep", action="store_true", help="leave out the comparison of samplers")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
 
 

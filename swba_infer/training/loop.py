@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bench.report import write_json
 from ..checkpoint import load_model, resolve_directory, save_context, save_model
 from ..context import FullSequence
 from ..device import pick_device
@@ -70,6 +71,7 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         if not resume:
             _clear(self.out)
+        self.history = training_history(config.init) if config.init else []
         self.average = Average(self.model, config.ema, seeded=bool(config.init))
         self.optimizers = build_optimizers(self.model, config.muon_lr, config.adam_lr)
         self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
@@ -99,7 +101,7 @@ class Trainer:
         """Draw a batch and compute its losses."""
         config = self.config
         tokens, actions = self.windows.draw(config.batch, config.model.patch, self.generator)
-        return flow_loss(self.predict, tokens, actions, config.model, config.loss, self.generator, own)
+        return flow_loss(self.predict, tokens, actions, config.model.actions, config.loss, self.generator, own)
 
     def warm_up(self) -> None:
         """Compile everything before the clock starts; weights and random state stay as they were."""
@@ -213,8 +215,8 @@ class Trainer:
             first = self.config.stream.window_frames
             save_context(self.out / "model", frames[:first].cpu(), actions[:first].cpu())
         summary = self.summary()
-        with replacing(self.out / "train.json") as path:
-            path.write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(self.out / "model" / "training.json", {"runs": [*self.history, summary]})
+        write_json(self.out / "train.json", summary)
         return summary
 
     def summary(self) -> dict[str, Any]:
@@ -242,6 +244,12 @@ def initial_weights(config: TrainConfig) -> dict[str, Tensor]:
         wanted = {name: ours[name] for name in different}
         raise ConfigError(f"init: expected a model with {wanted}, got {different} in {config.init}")
     return loaded.model.state_dict()
+
+
+def training_history(name_or_dir: str) -> list[dict[str, Any]]:
+    """Return the runs that made a model, oldest first, from its training.json; none if it has no such file."""
+    path = resolve_directory(name_or_dir) / "training.json"
+    return json.loads(path.read_text())["runs"] if path.is_file() else []
 
 
 RUN_FILES = ("state.safetensors", "log.jsonl", "train.json", "loss.png")

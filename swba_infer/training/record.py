@@ -12,6 +12,7 @@ T frames, H height, W width.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import multiprocessing
 import os
 import time
@@ -259,6 +260,7 @@ def record(
     summary = {
         "config": {name: getattr(config, name) for name in RecordConfig.__slots__},
         "actions": list(ACTIONS),
+        "vizdoom": importlib.metadata.version("vizdoom"),
         "episodes": episodes,
         "held_out_episodes": held_out,
         "held_out_first_seed": HELD_OUT_SEED,

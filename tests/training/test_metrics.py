@@ -64,7 +64,7 @@ def test_blur_lowers_the_edge_energy():
 @pytest.mark.slow
 def test_record_train_and_evaluate_work_as_commands(tmp_path, capsys):
     pytest.importorskip("vizdoom")
-    from swba_infer.training import evaluate, loop, record
+    from swba_infer.training import card, evaluate, loop, record
 
     data, out = str(tmp_path / "data"), tmp_path / "run"
     assert record.main(["--out", data, "--episodes", "4", "--held-out", "6", "--frames", "40", "--workers", "1"]) == 0
@@ -77,6 +77,15 @@ def test_record_train_and_evaluate_work_as_commands(tmp_path, capsys):
     assert (out / "eval" / "contact.png").is_file()
     assert (out / "eval" / "rollouts.png").is_file()
     assert "next_frame" in capsys.readouterr().out
+
+    (out / "model" / "metrics.json").write_bytes((out / "eval" / "metrics.json").read_bytes())
+    assert card.main(["--model", str(out / "model"), "--name", "small", "--data", data]) == 0
+    text = (out / "model" / "MODEL_CARD.md").read_text()
+    record_facts = json.loads((tmp_path / "data" / "record.json").read_text())
+    assert text.startswith("# small:")
+    assert f"4 episodes, {record_facts['frames']} frames, seeds 0 to 3" in " ".join(text.split())
+    assert f"{result['next_frame']['psnr']:.1f} dB | {result['next_frame']['copy_psnr']:.1f} dB by copying" in text
+    assert "1. 4 steps in" in text
 
 
 @pytest.mark.parametrize("option", ["--lanes", "--frames", "--context"])
