@@ -129,7 +129,8 @@ def decode_small(
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     unit_rows = unit.to(gl.int64) * 64
     if tiles == 0:
-        gl.store(p_part_lse + unit_rows + rows, gl.full([64], float("-inf"), gl.float32, rows.type.layout))
+        if splits > 1:
+            gl.store(p_part_lse + unit_rows + rows, gl.full([64], float("-inf"), gl.float32, rows.type.layout))
     else:
         acc, top, total = _loop(q, k_desc, v_desc, at, tiles, k_smem, v_smem, k_full, v_full, scale2, BN, D, STAGES)
         lse = top + gl.log2(total)
