@@ -188,7 +188,7 @@ def test_bench_attention_refuses_to_report_a_wrong_result(tmp_path, monkeypatch,
     right = swba_kernels.block_window_attention
     monkeypatch.setattr(swba_kernels, "block_window_attention", lambda *a, **k: right(*a, **k) * 1.001)
     out = tmp_path / "attention.json"
-    assert main(["bench", "attention", "--device", "cpu", "--shapes", "train-b1-h2", "--budget", "0.01"]) == 1
+    assert main(["bench", "attention", "--device", "cpu", "--shapes", "train-b1-h2-d32", "--budget", "0.01"]) == 1
     assert "failed the correctness gate" in capsys.readouterr().out
     assert not out.exists()
 

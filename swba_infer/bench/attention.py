@@ -1,5 +1,6 @@
 """Measure this project's attention beside its peers: same tensors, same process, gate first, A B B A.
 
+One run with `--shapes all` makes the tables of docs/benchmarks; `--shapes odd` measures what no kernel was tuned to.
 Forward and decode count 4 D FLOPs per visible pair and head, the backward 2.5 times the forward.
 """
 
@@ -20,15 +21,16 @@ from ..files import check_writable
 from . import peers
 from .clock import Timing, as_graph, interleave, rulers
 from .gate import Expected, check, expect
-from .report import header, plot_attention, write_json
+from .peers import OURS
+from .report import header, plot_attention, summary, write_json
 from .shapes import Shape, select
 
 BACKWARD = 2.5
-OURS = ("swba", "swba-full")
 METHOD = (
-    "random data; interleaved rounds in A B B A order; medians per call; caches not flushed; training: eager calls "
-    "between CUDA events, the forward keeps what a backward needs; decode: CUDA graph replay with a full ring, 20 "
-    "calls a graph below 0.2 ms"
+    "random data; turns in A B B A order, each repeats one variant without a pause and counts from its middle on; "
+    "medians per call; caches not flushed; CUDA graph replay, 20 calls a graph below 0.2 ms; a training variant that "
+    "cannot be captured is called eagerly (replayed: false); the forward keeps what a backward needs; loop-*: a dense "
+    "call per block; rings are full unless the shape says how far they are filled"
 )
 
 
@@ -36,12 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `swba-infer bench attention`."""
     parser.add_argument(
         "--shapes",
-        help="comma-separated: all, training, decode, tiny, or parts of shape names (default: all on CUDA, else tiny)",
+        help="comma-separated: all, training, decode, odd, odd-training, odd-decode, tiny, or parts of shape names "
+        "(default: all on CUDA, else tiny)",
     )
     parser.add_argument("--peers", default="all", help="comma-separated variants, all, or none (default: %(default)s)")
-    parser.add_argument("--impl", default="auto", help="implementation of our kernels (default: %(default)s)")
+    parser.add_argument(
+        "--ours", default="all", help=f"comma-separated: {', '.join(OURS)}, or all (default: %(default)s)"
+    )
+    parser.add_argument("--impl", default="auto", help="what swba and swba-full run (default: %(default)s)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
-    parser.add_argument("--budget", type=float, default=0.3, help="seconds per variant and pass (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=1.6, help="seconds per variant and pass (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON to write; the plot goes beside it as .png")
 
 
@@ -50,16 +56,18 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     shapes = select(args.shapes or ("all" if device.type == "cuda" else "tiny"))
     out = check_writable(args.out) if args.out else None
+    variants = {shape: _wanted(args.ours, args.peers, shape) for shape in shapes}
     report = {**header(device, args.argv), "method": METHOD, "rulers": rulers(device), "results": [], "skipped": []}
     print(f"{report['device']}: " + ", ".join(f"{k} {v:.4g}" for k, v in report["rulers"].items()))
     for shape in shapes:
-        measure(shape, device, _wanted(args.peers, shape), args.impl, args.budget, report)
+        measure(shape, device, variants[shape], args.impl, args.budget, report)
         print(_table(shape, report), flush=True)
         if out:
             write_json(out, report)
+    print("\n" + summary(report, OURS))
     if out and plot_attention(out.with_suffix(".png"), report):
         print(f"wrote {out} and {out.with_suffix('.png')}")
-    failed = [row for row in report["skipped"] if row["variant"] in OURS]
+    failed = [row for row in report["skipped"] if row["variant"] in OURS and not row["unavailable"]]
     for row in failed:
         print(f"FAILED {row['shape']} {row['pass']} {row['variant']}: {row['reason']}")
     return 1 if failed else 0
@@ -78,9 +86,12 @@ def measure(
         try:
             function = peers.make(name, shape, tensors, impl)
             errors[name] = _gate(function, expected, tensors)
+        except peers.Unavailable as error:
+            _skip(report, shape, "all", name, str(error), unavailable=True)
+            continue
         except Exception as error:
-            # Any peer may fail in its own way on a shape it does not serve: that is a finding, not our crash.
-            _skip(report, shape, "all", name, f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            # Any peer may fail in its own way, to compile included, on a shape it does not serve: a finding, no crash.
+            _skip(report, shape, "all", name, _describe(error))
             continue
         if max(errors[name].values()) > 1:
             _skip(report, shape, "all", name, f"failed the correctness gate: error / bound = {errors[name]}")
@@ -89,14 +100,14 @@ def measure(
     if not functions:
         return
     if shape.kind == "decode":
-        calls = {name: partial(function, *(tensors[x] for x in "qkv")) for name, function in functions.items()}
-        _time(report, shape, "decode", _graphs(calls, device, report, shape), errors, device, budget, shape.flops)
+        makers = {name: partial(_forward, function, tensors, False) for name, function in functions.items()}
+        _time(report, shape, "decode", makers, errors, device, budget, shape.flops)
         return
-    inputs = [tensors[x].detach().requires_grad_() for x in "qkv"]
-    calls = {name: (partial(function, *inputs), 1) for name, function in functions.items()}
-    _time(report, shape, "forward", calls, errors, device, budget, shape.flops)
-    calls = {name: (_backward(function, tensors), 1) for name, function in functions.items()}
-    _time(report, shape, "backward", calls, errors, device, budget, BACKWARD * shape.flops)
+    makers = {name: partial(_forward, function, tensors, True) for name, function in functions.items()}
+    makers.pop("hopper-fast", None)  # its forward is that of "hopper"
+    _time(report, shape, "forward", makers, errors, device, budget, shape.flops)
+    makers = {name: partial(_backward, function, tensors) for name, function in functions.items()}
+    _time(report, shape, "backward", makers, errors, device, budget, BACKWARD * shape.flops)
 
 
 def make_tensors(shape: Shape, device: torch.device) -> dict[str, Tensor]:
@@ -116,6 +127,10 @@ def make_tensors(shape: Shape, device: torch.device) -> dict[str, Tensor]:
     return tensors
 
 
+def _forward(function: peers.Forward, tensors: Mapping[str, Tensor], requires_grad: bool) -> Callable[[], object]:
+    return partial(function, *(tensors[name].detach().requires_grad_(requires_grad) for name in "qkv"))
+
+
 def _backward(function: peers.Forward, tensors: Mapping[str, Tensor]) -> Callable[[], object]:
     inputs = [tensors[name].detach().requires_grad_() for name in "qkv"]
     out = function(*inputs)
@@ -131,30 +146,39 @@ def _gate(function: peers.Forward, expected: Expected, tensors: Mapping[str, Ten
     return check(expected, {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))})
 
 
-def _graphs(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, report: dict[str, Any], shape: Shape
-) -> dict[str, tuple[Callable[[], object], int]]:
+def _calls(
+    makers: Mapping[str, Callable[[], Callable[[], object]]], device: torch.device, report: dict[str, Any],
+    shape: Shape, which: str,
+) -> tuple[dict[str, tuple[Callable[[], object], int]], set[str]]:  # fmt: skip
+    """Return what to time, and the names among it that replay a CUDA graph."""
     if device.type != "cuda":
-        return {name: (call, 1) for name, call in calls.items()}
-    graphs = {}
-    for name, call in calls.items():
+        return {name: (make(), 1) for name, make in makers.items()}, set()
+    calls, replayed = {}, set()
+    for name, make in makers.items():
         try:
-            graphs[name] = as_graph(call)
-        except RuntimeError as error:
-            _skip(report, shape, "decode", name, f"cannot be captured: {error}".splitlines()[0][:300])
-    return graphs
+            calls[name] = as_graph(make)
+            replayed.add(name)
+        except Exception as error:  # as above: a peer may fail in its own way
+            reason = f"cannot be captured: {_describe(error)}"
+            if which == "decode" or name in OURS:
+                _skip(report, shape, which, name, reason)  # the launches of a short decode are not what is compared
+            else:
+                calls[name] = make(), 1
+                print(f"{shape.name} {which} {name}: {reason}; called eagerly")
+    return calls, replayed
 
 
 def _time(
     report: dict[str, Any],
     shape: Shape,
     which: str,
-    calls: Mapping[str, tuple[Callable[[], object], int]],
+    makers: Mapping[str, Callable[[], Callable[[], object]]],
     errors: Mapping[str, dict[str, float]],
     device: torch.device,
     budget: float,
     flops: float,
 ) -> None:
+    calls, replayed = _calls(makers, device, report, shape, which)
     timings: dict[str, Timing] = interleave(calls, device, budget)
     best_peer = min((t.median for name, t in timings.items() if name not in OURS), default=None)
     for name, timing in timings.items():
@@ -168,6 +192,7 @@ def _time(
                 "ms_p10": timing.p10,
                 "ms_p90": timing.p90,
                 "samples": timing.samples,
+                "replayed": name in replayed,
                 "tflops": flops / timing.median / 1e9,
                 "best_peer_over_this": best_peer / timing.median if best_peer else None,
                 "error_over_bound": errors[name],
@@ -175,23 +200,33 @@ def _time(
         )
 
 
-def _skip(report: dict[str, Any], shape: Shape, which: str, name: str, reason: str) -> None:
-    report["skipped"].append({"shape": shape.name, "pass": which, "variant": name, "reason": reason})
+def _skip(report: dict[str, Any], shape: Shape, which: str, name: str, reason: str, unavailable: bool = False) -> None:
+    row = {"shape": shape.name, "pass": which, "variant": name, "reason": reason, "unavailable": unavailable}
+    report["skipped"].append(row)
 
 
-def _wanted(option: str, shape: Shape) -> list[str]:
+def _describe(error: Exception) -> str:
+    """Return one line: the type and the first line of the message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+
+
+def _wanted(ours: str, others: str, shape: Shape) -> list[str]:
+    """Return the variants that the options name for a shape, ours first."""
+    every = set(peers.names("training") + peers.names("decode"))
     known = peers.names(shape.kind)
-    ours = [name for name in known if name in OURS]
-    if option == "none":
-        return ours
-    if option == "all":
-        return [name for name in known if not name.endswith("math") or shape.tokens * shape.keys < 1 << 20]
-    wanted = [name.strip() for name in option.split(",")]
-    every = peers.names("training") + peers.names("decode")
-    unknown = [name for name in wanted if name not in every]
-    if unknown:
-        raise ConfigError(f"peers: expected all, none or some of {sorted(set(every))}, got {unknown}")
-    return ours + [name for name in known if name in wanted and name not in ours]
+    chosen = _listed("ours", ours, set(OURS)) | _listed("peers", others, every - set(OURS))
+    small = shape.tokens * shape.keys < 1 << 20
+    return [name for name in known if name in chosen and (small or not (others == "all" and name.endswith("math")))]
+
+
+def _listed(name: str, option: str, known: set[str]) -> set[str]:
+    if option in ("all", "none"):
+        return known if option == "all" else set()
+    wanted = {part.strip() for part in option.split(",")}
+    if not wanted <= known:
+        raise ConfigError(f"{name}: expected all, none or some of {sorted(known)}, got {sorted(wanted - known)}")
+    return wanted
 
 
 def _table(shape: Shape, report: Mapping[str, Any]) -> str:

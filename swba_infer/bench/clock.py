@@ -29,14 +29,16 @@ def percentile(values: list[float], fraction: float) -> float:
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
 
 
-def as_graph(call: Callable[[], object]) -> tuple[Callable[[], object], int]:
-    """Capture `call` in a CUDA graph; return what replays it and how many calls one replay makes.
+def as_graph(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object], int]:
+    """Capture what `make` returns in a CUDA graph; return what replays it and how many calls one replay makes.
 
+    `make` runs on the stream of the capture: autograd runs a backward on the stream of its forward.
     A call shorter than 0.2 ms is captured 20 times over, so that the launch of the graph itself does not count.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        call = make()
         for _ in range(3):
             call()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -47,32 +49,36 @@ def as_graph(call: Callable[[], object]) -> tuple[Callable[[], object], int]:
         repeat = CALLS_PER_GRAPH if start.elapsed_time(stop) < REPLAY_BELOW_MS else 1
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeat):
             call()
     return graph.replay, repeat
 
 
 def interleave(
-    calls: Mapping[str, tuple[Callable[[], object], int]], device: torch.device, budget: float = 0.3, rounds: int = 6
+    calls: Mapping[str, tuple[Callable[[], object], int]], device: torch.device, budget: float = 0.3, rounds: int = 4
 ) -> dict[str, Timing]:
-    """Time each call for about `budget` seconds, in rounds of alternating order.
+    """Time each call for about `budget` seconds, in turns of alternating order (A B B A).
+
+    Each turn repeats one call without a pause, and its first half does not count: the clock of a GPU settles on what
+    its power allows, which the variant before has left at another value.
 
     Args:
         calls: name to (function, calls of the measured thing that one invocation makes).
         device: where they run; on CUDA the clock is the GPU's, sampled per invocation.
-        rounds: even, so that forward and backward order balance.
+        rounds: turns of each call; even, so that both orders balance.
     """
     counts = {}
     for name, (call, _) in calls.items():
         first = min(_sample(call, 2, device))
-        counts[name] = max(2, min(400, int(budget * 1e3 / rounds / max(first, 1e-3))))
+        counts[name] = max(2, min(4000, int(budget * 1e3 / rounds / max(first, 1e-3))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for i in range(rounds):
         for name in names if i % 2 == 0 else names[::-1]:
             call, repeat = calls[name]
-            samples[name] += [ms / repeat for ms in _sample(call, counts[name], device)]
+            turn = _sample(call, counts[name], device)
+            samples[name] += [ms / repeat for ms in turn[len(turn) // 2 :]]
     return {
         name: Timing(statistics.median(ms), percentile(ms, 0.1), percentile(ms, 0.9), len(ms))
         for name, ms in samples.items()

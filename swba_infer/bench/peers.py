@@ -1,5 +1,6 @@
 """The variants that are measured: this project, and whatever else is installed.
 
+"swba" runs `--impl`; "hopper" and "triton" run what they are called, "hopper-fast" with deterministic=False.
 Each entry makes, from a shape and its tensors, a function of no arguments that returns the output [B, H, N, D], or says
 why it cannot. B batch, H heads, N tokens, D head dim.
 """
@@ -7,7 +8,7 @@ why it cannot. B batch, H heads, N tokens, D head dim.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import swba_kernels
+from swba_kernels.choice import check_served
 
 from .shapes import Shape
 
@@ -30,7 +32,7 @@ BACKENDS = {
 
 
 class Unavailable(Exception):
-    """A peer is not installed, or does not serve this device or shape; the message says which."""
+    """A variant is not installed, or does not serve this device or shape; the message says which."""
 
 
 def names(kind: str) -> list[str]:
@@ -55,13 +57,13 @@ class BlockLoop(torch.autograd.Function):
         out = torch.empty_like(q)
         graph = []
         for start, end in shape.pattern.blocks(shape.tokens):
-            _, (lo, hi) = shape.pattern.key_ranges(start, end)
-            parts = [q[:, :, start:end], k[:, :, lo:hi], v[:, :, lo:hi]]
+            spans = [(lo, hi) for lo, hi in shape.pattern.key_ranges(start, end) if lo < hi]
+            parts = [q[:, :, start:end], _pick(k, spans), _pick(v, spans)]
             if any(ctx.needs_input_grad):
                 parts = [part.detach().requires_grad_() for part in parts]
                 with torch.enable_grad():
                     block = dense(*parts)
-                graph.append((start, end, lo, hi, parts, block))
+                graph.append((start, end, spans, parts, block))
                 block = block.detach()
             else:
                 block = dense(*parts)
@@ -73,25 +75,51 @@ class BlockLoop(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dout,) = grads
         dq, dk, dv = (torch.zeros_like(x) for x in ctx.like)
-        for start, end, lo, hi, parts, block in ctx.graph:
+        for start, end, spans, parts, block in ctx.graph:
             block_dq, block_dk, block_dv = torch.autograd.grad(block, parts, dout[:, :, start:end], retain_graph=True)
             dq[:, :, start:end] = block_dq
-            dk[:, :, lo:hi] += block_dk
-            dv[:, :, lo:hi] += block_dv
+            at = 0
+            for lo, hi in spans:
+                dk[:, :, lo:hi] += block_dk[:, :, at : at + hi - lo]
+                dv[:, :, lo:hi] += block_dv[:, :, at : at + hi - lo]
+                at += hi - lo
         return None, None, dq, dk, dv
 
 
-def _ours_training(shape: Shape, tensors: Mapping[str, Tensor], impl: str) -> Forward:
-    return partial(_call_ours, shape, impl)
+def _pick(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    parts = [x[:, :, lo:hi] for lo, hi in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _call_ours(shape: Shape, impl: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return cast(Tensor, swba_kernels.block_window_attention(q, k, v, shape.pattern, impl=impl))
+def _check_named(impl: str, shape: Shape, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        check_served(impl, tensors["q"], "decode" if shape.kind == "decode" else "forward")
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
 
 
-def _ours_decode(shape: Shape, tensors: Mapping[str, Tensor], impl: str, full: bool) -> Forward:
-    q = tensors["q"]
-    valid = torch.full((q.shape[0],), shape.keys, dtype=torch.int64, device=q.device)
+def _ours_training(
+    shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None, deterministic: bool = True
+) -> Forward:
+    if name:
+        _check_named(name, shape, tensors)
+    return partial(_call_ours, shape, name or impl, deterministic)
+
+
+def _call_ours(shape: Shape, impl: str, deterministic: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = swba_kernels.block_window_attention(q, k, v, shape.pattern, impl=impl, deterministic=deterministic)
+    return cast(Tensor, out)
+
+
+def _ours_decode(
+    shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None, full: bool = False
+) -> Forward:
+    if name:
+        _check_named(name, shape, tensors)
+    if full and shape.visible < shape.keys:
+        raise Unavailable("a partly filled ring")
+    q, impl = tensors["q"], name or impl
+    valid = torch.full((q.shape[0],), shape.visible, dtype=torch.int64, device=q.device)
     return lambda q, k, v: cast(Tensor, swba_kernels.window_decode_attention(q, k, v, valid, full=full, impl=impl))
 
 
@@ -141,15 +169,15 @@ def _flex(shape: Shape, tensors: Mapping[str, Tensor], impl: str, backend: str |
         _flash_attn("flash_attn.cute", shape, tensors)
     mask = block_mask(shape, tensors["q"].device)
     options = {"BACKEND": backend} if backend else None
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=options)  # type: ignore[return-value]
+    arguments: dict[str, Any] = {"block_mask": mask, "kernel_options": options, "enable_gqa": bool(shape.kv_heads)}
+    return partial(torch.compile(flex_attention, dynamic=False), **arguments)
 
 
 def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
     """Build FlexAttention's mask of a training shape from its key ranges, without an N x N mask in memory."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    n, size, window = shape.tokens, shape.block_size, shape.pattern.window
+    n, size, window, sink = shape.tokens, shape.block_size, shape.pattern.window, shape.pattern.sink
 
     def end(q: Tensor) -> Tensor:
         return ((q // size + 1) * size).clamp(max=n)
@@ -157,8 +185,9 @@ def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
     first = torch.arange(0, n, tile, device=device)
     last = (first + tile).clamp(max=n) - 1
     end_first, end_last = end(first)[:, None], end(last)[:, None]
-    some = (first < end_last) & (first + tile > end_first - window)
-    full = (first + tile <= end_first) & (first >= end_last - window) & (first[:, None] + tile <= n)
+    some = (first < end_last) & ((first + tile > end_first - window) | (first < sink))
+    inside = (first >= end_last - window) | (first + tile <= sink)
+    full = (first + tile <= end_first) & inside & (first[:, None] + tile <= n)
     partial_tiles, full_tiles = some & ~full, some & full
 
     def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +195,11 @@ def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
         return tiles.sum(-1).int()[None, None], order.int()[None, None]
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        stop = torch.clamp((q // size + 1) * size, max=n)
-        return (k < stop) & (k >= stop - window)
+        stop = (q // size + 1) * size
+        if n % size:
+            stop = torch.clamp(stop, max=n)
+        in_window = (k < stop) & (k >= stop - window)
+        return in_window | (k < min(sink, n)) & (k < stop) if sink else in_window
 
     return BlockMask.from_kv_blocks(
         *listed(partial_tiles), *listed(full_tiles), BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=(n, n)
@@ -175,11 +207,23 @@ def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
 
 
 def _dense(make_dense: Callable[[Shape, Mapping[str, Tensor]], Forward]) -> Callable[..., Forward]:
-    return lambda shape, tensors, impl: make_dense(shape, tensors)
+    def make_decode(shape: Shape, tensors: Mapping[str, Tensor], impl: str) -> Forward:
+        dense = make_dense(shape, tensors)
+        if shape.visible == shape.keys:
+            return dense
+        seen = slice(0, shape.visible)  # the host knows the length, which it does not where a graph is replayed
+        return lambda q, k, v: dense(q, k[:, :, seen], v[:, :, seen])
 
+    return make_decode
+
+
+OURS = ("swba", "swba-full", "hopper", "hopper-fast", "triton")
 
 _TRAINING: dict[str, Callable[..., Forward]] = {
     "swba": _ours_training,
+    "hopper": partial(_ours_training, name="hopper"),
+    "hopper-fast": partial(_ours_training, name="hopper", deterministic=False),
+    "triton": partial(_ours_training, name="triton"),
     "flex": _flex,
     "flex-fa4": partial(_flex, backend="FLASH"),
     "loop-cudnn": _loop(partial(_sdpa, "cudnn")),
@@ -190,8 +234,10 @@ _TRAINING: dict[str, Callable[..., Forward]] = {
 }
 
 _DECODE: dict[str, Callable[..., Forward]] = {
-    "swba": partial(_ours_decode, full=False),
+    "swba": _ours_decode,
     "swba-full": partial(_ours_decode, full=True),
+    "hopper": partial(_ours_decode, name="hopper"),
+    "triton": partial(_ours_decode, name="triton"),
     "sdpa-cudnn": _dense(partial(_sdpa, "cudnn")),
     "sdpa-flash": _dense(partial(_sdpa, "flash")),
     "sdpa-efficient": _dense(partial(_sdpa, "efficient")),

@@ -15,7 +15,7 @@ import torch
 
 from ..files import replacing
 
-PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "nvidia-cudnn-frontend")
+PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cudnn-frontend")
 
 
 def versions() -> dict[str, str]:
@@ -55,6 +55,27 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def summary(report: Mapping[str, Any], ours: Sequence[str]) -> str:
+    """Return a Markdown table: for each shape and pass the peers, then ours with its ratio, best peer's time / ours."""
+    rows = report["results"]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    order = [name for name in variants if name not in ours] + [name for name in variants if name in ours]
+    lines = ["| shape | pass | unit | " + " | ".join(order) + " |", "|---" * (3 + len(order)) + "|"]
+    for shape, which in dict.fromkeys((row["shape"], row["pass"]) for row in rows):
+        found = {row["variant"]: row for row in rows if (row["shape"], row["pass"]) == (shape, which)}
+        cells = [_cell(found.get(name), which, name in ours) for name in order]
+        lines.append(f"| {shape} | {which} | {'ms' if which == 'decode' else 'TFLOP/s'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any] | None, which: str, with_ratio: bool) -> str:
+    if row is None:
+        return "-"
+    value = f"{row['ms']:.4f}" if which == "decode" else f"{row['tflops']:.0f}"
+    ratio = row["best_peer_over_this"]
+    return f"{value} x{ratio:.2f}" if with_ratio and ratio else value
+
+
 def plot_attention(path: Path, report: Mapping[str, Any]) -> bool:
     """Draw one bar per variant and shape in TFLOP/s; return False, with a line on stderr, without matplotlib."""
     try:
@@ -79,7 +100,7 @@ def plot_attention(path: Path, report: Mapping[str, Any]) -> bool:
             points = [(shapes.index(row["shape"]), row["tflops"]) for row in chosen if row["variant"] == variant]
             xs = [x - 0.4 + (i + 0.5) * width for x, _ in points]
             axis.bar(xs, [y for _, y in points], width, label=variant, zorder=2)
-        axis.set_xticks(range(len(shapes)), [s.split("-", 1)[1] for s in shapes], fontsize=8)
+        axis.set_xticks(range(len(shapes)), [s.split("-", 1)[1].replace("-bs", "\nbs") for s in shapes], fontsize=7)
         axis.set_ylabel("TFLOP/s, visible pairs")
         axis.set_title(which, loc="left")
         axis.grid(axis="y", alpha=0.3, zorder=0)

@@ -1,4 +1,5 @@
-"""The named shapes that are measured: of the original kernel and of published video models.
+"""The named shapes that are measured: of the original kernel and of published video models, and odd ones, which no
+kernel was tuned to.
 
 B batch, H heads, D head dim; sizes in tokens.
 """
@@ -14,9 +15,10 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One attention problem: `blocks` blocks of training, or one block of decode against a full ring.
+    """One attention problem: `blocks` blocks of training, or one block of decode against a ring.
 
-    `name` is what `--shapes` takes; `window_blocks` counts the block itself; `kv_heads` 0 means `heads`.
+    `name` is what `--shapes` takes; `window_blocks` counts the block itself; `kv_heads` 0 means `heads`; training ends
+    with a short block of `tail` tokens, if any; decode sees the first `filled` slots of its ring, 0 means all.
     """
 
     name: str
@@ -28,33 +30,45 @@ class Shape:
     window_blocks: int
     blocks: int = 1
     kv_heads: int = 0
+    sink_blocks: int = 0
+    tail: int = 0
+    filled: int = 0
     dtype: str = "bfloat16"
 
     @property
     def tokens(self) -> int:
         """Query tokens: the whole sequence, or one block."""
-        return self.block_size * self.blocks
+        return self.block_size * self.blocks + self.tail
 
     @property
     def keys(self) -> int:
-        """Key tokens: the whole sequence, or the ring."""
+        """Key tokens: the whole sequence, or the slots of the ring."""
         return self.tokens if self.kind == "training" else self.block_size * self.window_blocks
+
+    @property
+    def visible(self) -> int:
+        """Keys that a decoded block sees."""
+        return self.filled or self.keys
 
     @property
     def pattern(self) -> BlockWindow:
         """The visible pairs of a training shape."""
-        return BlockWindow.from_blocks(self.block_size, self.window_blocks)
+        return BlockWindow.from_blocks(self.block_size, self.window_blocks, self.sink_blocks)
 
     @property
     def flops(self) -> int:
         """Forward FLOPs on exact visible pairs: 4 D per pair and head."""
-        pairs = self.pattern.pairs(self.tokens) if self.kind == "training" else self.block_size * self.keys
+        pairs = self.pattern.pairs(self.tokens) if self.kind == "training" else self.block_size * self.visible
         return 4 * self.batch * self.heads * self.head_dim * pairs
 
 
-def _training(batch: int, heads: int, dim: int, bs: int, ws: int, blocks: int, dtype: str = "bfloat16") -> Shape:
+def _training(
+    batch: int, heads: int, dim: int, bs: int, ws: int, blocks: int, dtype: str = "bfloat16",
+    *, kv_heads: int = 0, sinks: int = 0, tail: int = 0,
+) -> Shape:  # fmt: skip
+    grouped, first = f"kv{kv_heads}-" if kv_heads else "", f"s{sinks}-" if sinks else ""
     return Shape(
-        name=f"train-b{batch}-h{heads}-d{dim}-bs{bs}-ws{ws}-n{bs * blocks}",
+        name=f"train-b{batch}-h{heads}-{grouped}d{dim}-bs{bs}-ws{ws}-{first}n{bs * blocks + tail}",
         kind="training",
         batch=batch,
         heads=heads,
@@ -62,14 +76,17 @@ def _training(batch: int, heads: int, dim: int, bs: int, ws: int, blocks: int, d
         block_size=bs,
         window_blocks=ws,
         blocks=blocks,
+        kv_heads=kv_heads,
+        sink_blocks=sinks,
+        tail=tail,
         dtype=dtype,
     )
 
 
-def _decode(batch: int, heads: int, dim: int, bs: int, ws: int, kv_heads: int = 0) -> Shape:
-    grouped = f"kv{kv_heads}-" if kv_heads else ""
+def _decode(batch: int, heads: int, dim: int, bs: int, ws: int, *, kv_heads: int = 0, filled: int = 0) -> Shape:
+    grouped, partly = f"kv{kv_heads}-" if kv_heads else "", f"-filled{filled}" if filled else ""
     return Shape(
-        name=f"decode-b{batch}-h{heads}-{grouped}d{dim}-bs{bs}-ws{ws}",
+        name=f"decode-b{batch}-h{heads}-{grouped}d{dim}-bs{bs}-ws{ws}{partly}",
         kind="decode",
         batch=batch,
         heads=heads,
@@ -77,6 +94,7 @@ def _decode(batch: int, heads: int, dim: int, bs: int, ws: int, kv_heads: int = 
         head_dim=dim,
         block_size=bs,
         window_blocks=ws,
+        filled=filled,
     )
 
 
@@ -98,6 +116,28 @@ DECODE = (
     _decode(1, 16, 64, 144, 32),
 )
 
+ODD_TRAINING = (
+    _training(1, 24, 128, 880, 8, 20),
+    _training(1, 12, 128, 2025, 5, 9),
+    _training(2, 10, 64, 333, 9, 24, tail=100),
+    _training(1, 16, 128, 1560, 6, 10, kv_heads=4),
+    _training(1, 12, 128, 1560, 6, 15, sinks=1),
+    _training(1, 16, 64, 144, 16, 64, "float16"),
+    _training(1, 6, 64, 48, 16, 128),
+)
+
+ODD_DECODE = (
+    _decode(1, 24, 128, 880, 12),
+    _decode(1, 12, 128, 2025, 8),
+    _decode(1, 10, 64, 333, 12),
+    _decode(1, 32, 128, 1560, 8, kv_heads=8),
+    _decode(1, 5, 128, 333, 7),
+    _decode(3, 16, 64, 144, 32, filled=2000),
+    _decode(1, 12, 128, 1560, 21, filled=1560),
+    _decode(1, 12, 128, 1560, 21, filled=14040),
+    _decode(1, 6, 64, 48, 16),
+)
+
 TINY = (
     _training(1, 2, 32, 24, 3, 5, "float32"),
     Shape(
@@ -111,15 +151,35 @@ TINY = (
         window_blocks=4,
         dtype="float32",
     ),
+    Shape(
+        name="decode-tiny-filled",
+        kind="decode",
+        batch=2,
+        heads=2,
+        head_dim=32,
+        block_size=24,
+        window_blocks=4,
+        filled=50,
+        dtype="float32",
+    ),
+    _training(1, 4, 32, 24, 3, 5, "float32", kv_heads=2, sinks=1, tail=7),
 )
 
-SETS = {"all": TRAINING + DECODE, "training": TRAINING, "decode": DECODE, "tiny": TINY}
+SETS = {
+    "all": TRAINING + DECODE,
+    "training": TRAINING,
+    "decode": DECODE,
+    "odd": ODD_TRAINING + ODD_DECODE,
+    "odd-training": ODD_TRAINING,
+    "odd-decode": ODD_DECODE,
+    "tiny": TINY,
+}
 
 
 def select(names: str) -> list[Shape]:
     """Return the shapes of a comma-separated list of set names and shape names (or unique parts of them)."""
     chosen: list[Shape] = []
-    known = [*TRAINING, *DECODE, *TINY]
+    known = [*TRAINING, *DECODE, *ODD_TRAINING, *ODD_DECODE, *TINY]
     for name in names.split(","):
         found = list(SETS.get(name, ())) or [shape for shape in known if name and name in shape.name]
         if not found:

@@ -1,0 +1,141 @@
+"""The benchmark's own parts on a CPU: shapes, peers' masks, the gate, and what happens when a variant fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swba_infer.bench import attention, peers
+from swba_infer.bench.clock import interleave
+from swba_infer.bench.gate import check, expect
+from swba_infer.bench.report import summary
+from swba_infer.bench.shapes import SETS, Shape, _training, select
+from swba_infer.cli import main
+from swba_infer.errors import ConfigError
+
+CPU = torch.device("cpu")
+PATTERNS = [
+    _training(1, 1, 16, 100, 3, 7),
+    _training(1, 2, 16, 333, 2, 3, tail=100),
+    _training(1, 2, 16, 130, 2, 5, sinks=2),
+    _training(1, 2, 16, 48, 4, 9, kv_heads=1, sinks=1, tail=5),
+    _training(1, 1, 16, 256, 2, 4, sinks=1),
+]
+
+
+def name_of(shape: Shape) -> str:
+    return shape.name
+
+
+def test_names_of_shapes_differ() -> None:
+    names = [shape.name for shape in {*SETS["all"], *SETS["odd"], *SETS["tiny"]}]
+    assert len(names) == len(set(names))
+    assert len(SETS["all"]) == 12
+    assert select("odd") == [*SETS["odd-training"], *SETS["odd-decode"]]
+
+
+@pytest.mark.parametrize("shape", PATTERNS, ids=name_of)
+def test_the_mask_of_flex_attention_is_the_pattern(shape) -> None:
+    tile, n = 128, shape.tokens
+    mask = peers.block_mask(shape, CPU, tile)
+    exact = shape.pattern.mask(n)
+    q, k = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    assert torch.equal(mask.mask_mod(0, 0, q, k), exact)
+    tiles = -(-n // tile)
+    for i in range(tiles):
+        full = set(mask.full_kv_indices[0, 0, i, : mask.full_kv_num_blocks[0, 0, i]].tolist())
+        partial = set(mask.kv_indices[0, 0, i, : mask.kv_num_blocks[0, 0, i]].tolist())
+        assert not full & partial
+        for j in range(tiles):
+            part = exact[i * tile : (i + 1) * tile, j * tile : (j + 1) * tile]
+            if j in full:
+                assert part.all()
+                assert part.shape[1] == tile
+            elif j not in partial:
+                assert not part.any()
+
+
+@pytest.mark.parametrize("shape", PATTERNS, ids=name_of)
+@pytest.mark.parametrize("name", ["swba", "loop-math"])
+def test_ours_and_the_loop_over_blocks_pass_the_gate(shape, name) -> None:
+    tensors = attention.make_tensors(shape, CPU)
+    expected = expect(shape, tensors)
+    errors = attention._gate(peers.make(name, shape, tensors), expected, tensors)
+    assert set(errors) == {"out", "dq", "dk", "dv"}
+    assert max(errors.values()) <= 1
+
+
+def test_the_gate_sees_every_query_head_of_a_group() -> None:
+    shape = PATTERNS[3]
+    tensors = attention.make_tensors(shape, CPU)
+    expected = expect(shape, tensors)
+    assert check(expected, {"dk": expected.exact["dk"][None, None]}) == {"dk": 0}
+    alone = {name: x if name in "kv" else x[:, 1:] for name, x in tensors.items()}
+    assert check(expected, {"dk": expect(shape, alone).exact["dk"][None, None]})["dk"] > 1
+
+
+def test_a_partly_filled_ring_counts_and_checks_what_is_visible() -> None:
+    (shape,) = select("decode-tiny-filled")
+    full = Shape(**{**{x: getattr(shape, x) for x in shape.__slots__}, "filled": 0})
+    assert shape.flops * full.keys == full.flops * shape.filled
+    tensors = attention.make_tensors(shape, CPU)
+    tensors["k"][:, :, shape.filled :] = tensors["v"][:, :, shape.filled :] = float("nan")
+    for name in ("swba", "sdpa-math"):
+        out = peers.make(name, shape, tensors)(tensors["q"], tensors["k"], tensors["v"])
+        assert check(expect(shape, tensors), {"out": out})["out"] <= 1
+    with pytest.raises(peers.Unavailable, match="partly filled"):
+        peers.make("swba-full", shape, tensors)
+
+
+def run(*options: str) -> int:
+    return main(
+        ["bench", "attention", "--device", "cpu", "--budget", "0.01", "--shapes", "decode-tiny-filled", *options]
+    )
+
+
+def test_a_peer_that_fails_is_one_line_and_no_failure(monkeypatch, capsys) -> None:
+    def broken(shape, tensors, impl):
+        def call(q, k, v):
+            raise RuntimeError("\n\nptxas fatal: no\nmore")
+
+        return call
+
+    monkeypatch.setitem(peers._DECODE, "sdpa-math", broken)
+    assert run() == 0
+    text = capsys.readouterr().out
+    assert "skipped: RuntimeError: ptxas fatal: no\n" in text
+    assert "more" not in text
+
+
+def test_one_of_ours_that_fails_fails_the_run(monkeypatch, capsys) -> None:
+    def broken(shape, tensors, impl):
+        return lambda q, k, v: q / 0
+
+    monkeypatch.setitem(peers._DECODE, "triton", broken)
+    assert run() == 1
+    assert "FAILED decode-tiny-filled all triton: failed the correctness gate" in capsys.readouterr().out
+
+
+def test_variants_are_chosen_by_name(capsys) -> None:
+    assert run("--ours", "swba", "--peers", "none") == 0
+    text = capsys.readouterr().out
+    assert "hopper" not in text
+    assert "sdpa" not in text
+    for options in (("--ours", "fa4"), ("--peers", "hopper")):
+        with pytest.raises(ConfigError, match="expected all, none or some of"):
+            attention._wanted(*{"--ours": (options[1], "all"), "--peers": ("all", options[1])}[options[0]], PATTERNS[0])
+
+
+def test_only_the_second_half_of_a_turn_counts() -> None:
+    calls = {name: (lambda: None, 1) for name in "ab"}
+    timings = interleave(calls, CPU, budget=1e-9, rounds=4)
+    assert {name: timing.samples for name, timing in timings.items()} == {"a": 4, "b": 4}
+
+
+def test_the_summary_puts_ratios_on_ours() -> None:
+    def row(variant: str, ms: float, ratio: float) -> dict:
+        return {"shape": "s", "pass": "decode", "variant": variant, "ms": ms, "tflops": 1, "best_peer_over_this": ratio}
+
+    text = summary({"results": [row("swba", 0.5, 2.0), row("fa4", 1.0, 1.0)]}, ("swba",))
+    assert text.splitlines()[0] == "| shape | pass | unit | fa4 | swba |"
+    assert text.splitlines()[2] == "| s | decode | ms | 1.0000 | 0.5000 x2.00 |"
