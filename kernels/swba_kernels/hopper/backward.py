@@ -1,0 +1,165 @@
+"""Gradients of attention over the block window on Hopper: the terms of each row, then keys and values, then queries.
+
+B batch, H query heads, Hkv key/value heads, N tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .backward_dkv import dkv_kernel
+from .backward_dq import dq_kernel
+from .backward_shared import row_box_layout
+from .launch import _Base, descriptor
+from .supports import tma_strides
+
+LOG2E = 1.4426950408889634
+
+
+class Walk(NamedTuple):
+    """A launch configuration: `warpgroups` x 64 rows stay in shared memory while tiles of `rows` rows pass by."""
+
+    warpgroups: int
+    rows: int
+    stages: int
+    registers: int
+
+
+class Config(NamedTuple):
+    """The configurations of both gradient kernels."""
+
+    dkv: Walk
+    dq: Walk
+
+
+# Chosen by registers, spills and shared memory of ahead-of-time compiles under triton 3.6.0.
+CONFIGS = {
+    64: Config(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 128, 3, 240)),
+    128: Config(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
+}
+
+
+@triton.jit(
+    do_not_specialize=["s_ob", "s_oh", "s_on", "s_gb", "s_gh", "s_gn", "heads", "n", "terms_stride", "tiles"]
+)  # fmt: skip
+def row_terms_kernel(
+    p_out, p_grad, p_lse, p_lse2, p_delta, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, heads, n, terms_stride, tiles,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write the log-sum-exp in base 2 and delta = sum(out * dout) of each row; strides count 8 elements.
+
+    A row without a finite log-sum-exp gets (inf, 0), which makes its probabilities and gradients zero.
+    """
+    pid = tl.program_id(0)
+    i_bh = pid // tiles
+    i_b = (i_bh // heads).to(tl.int64)
+    i_h = (i_bh % heads).to(tl.int64)
+    rows = pid % tiles * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)[None, :]
+    inside = rows < n
+    wide = rows.to(tl.int64)[:, None] * 8
+    out = tl.load(p_out + (i_b * s_ob + i_h * s_oh) * 8 + wide * s_on + d, mask=inside[:, None], other=0.0)
+    grad = tl.load(p_grad + (i_b * s_gb + i_h * s_gh) * 8 + wide * s_gn + d, mask=inside[:, None], other=0.0)
+    lse = tl.load(p_lse + i_bh.to(tl.int64) * n + rows, mask=inside, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    infinite = tl.abs(lse) == float("inf")
+    at = i_bh.to(tl.int64) * terms_stride + rows
+    tl.store(p_lse2 + at, tl.where(infinite, float("inf"), lse * 1.4426950408889634), mask=inside)
+    tl.store(p_delta + at, tl.where(infinite, 0.0, delta), mask=inside)
+
+
+def row_terms(out: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (log-sum-exp in base 2, delta), each [B * H, N], as views of rows that start at multiples of 16 bytes."""
+    batch, heads, n, head_dim = out.shape
+    terms = torch.empty(2, batch * heads, -(-n // 4) * 4, dtype=torch.float32, device=out.device)
+    rows = 64
+    tiles = triton.cdiv(n, rows)
+    row_terms_kernel[(tiles * batch * heads,)](
+        out, dout, lse, terms[0], terms[1], *(s // 8 for s in (*out.stride()[:3], *dout.stride()[:3])),
+        heads, n, terms.shape[2], tiles, D=head_dim, ROWS=rows, num_warps=4,
+    )  # fmt: skip
+    return terms[0, :, :n], terms[1, :, :n]
+
+
+def row_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Return the TMA descriptor of float32 x [A, N] for boxes [1, rows]; numbers past the end are read as zero."""
+    return _row_descriptor(x.data_ptr(), x.shape, x.stride(0), rows)
+
+
+@lru_cache(maxsize=1024)
+def _row_descriptor(address: int, shape: torch.Size, stride: int, rows: int) -> TensorDescriptor:
+    return TensorDescriptor(_Base(address, torch.float32), list(shape), [stride, 1], [1, rows], row_box_layout())
+
+
+def copyable(x: Tensor) -> Tensor:
+    """Return x itself when a TMA descriptor can describe it, else a contiguous copy."""
+    return x if tma_strides(x) and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    block_size: int,
+    window: int,
+    sink: int,
+    grid_start: int,
+    deterministic: bool = True,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv) of the forward call that gave `out` and `lse`.
+
+    Args:
+        dout, q, out: [B, H, N, D], fp16 or bf16, D 64 or 128.
+        k, v: [B, Hkv, N, D].
+        lse: natural log-sum-exp, float32 [B, H, N].
+        scale, block_size, window, sink, grid_start: as in the forward call.
+        deterministic: give the same bits every time.
+        config: replaces the table's choice.
+
+    Returns:
+        Gradients with the dtypes and layouts of q, k and v.
+    """
+    batch, heads, n, head_dim = q.shape
+    kv_heads = k.shape[1]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    dout, out, lse = copyable(dout), copyable(out), lse.contiguous()
+    config = config or CONFIGS[head_dim]
+    lse2, delta = row_terms(out, dout, lse)
+    pattern = (min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
+    group = heads // kv_heads
+    scale2 = scale * LOG2E
+
+    walk = config.dkv
+    tiles = triton.cdiv(n, walk.warpgroups * 64)
+    dkv_kernel[(tiles * batch * kv_heads,)](
+        descriptor(q, walk.rows), descriptor(dout, walk.rows), descriptor(k, 64), descriptor(v, 64),
+        row_descriptor(lse2, walk.rows), row_descriptor(delta, walk.rows), descriptor(dk, 64), descriptor(dv, 64),
+        scale2, n, *pattern, heads, group, tiles,
+        WARPGROUPS=walk.warpgroups, BLOCK_M=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
+        num_warps=4,
+    )  # fmt: skip
+
+    walk = config.dq
+    tiles = triton.cdiv(n, walk.warpgroups * 64)
+    dq_kernel[(tiles * batch * heads,)](
+        descriptor(q, 64), descriptor(dout, 64), descriptor(k, walk.rows), descriptor(v, walk.rows),
+        descriptor(dq, 64), lse2, delta, scale2, n, lse2.stride(0), *pattern, heads, group, tiles,
+        WARPGROUPS=walk.warpgroups, BLOCK_N=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
+        num_warps=4,
+    )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,172 @@
+"""The gradients of keys and values: a tile of keys stays in shared memory while the queries that see it pass by.
+
+A consumer warpgroup owns 64 keys. Scores are computed transposed (keys are rows), so that P^T and dS^T are in registers
+where the next matmul wants its first operand. "_t" marks such tiles.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .backward_ranges import latest_row, queries_of, query_walk
+from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
+from .compat import box, tma_load
+
+
+@gluon.jit
+def _key_tile(kv_heads, tiles, WARPGROUPS: gl.constexpr):
+    """Return (batch row, kv head, first key) of this program."""
+    pid = gl.program_id(0)
+    i_kv = pid // tiles
+    return i_kv // kv_heads, i_kv % kv_heads, pid % tiles * (WARPGROUPS * 64)
+
+
+@gluon.jit
+def _produce(inputs, buffers, barriers, pattern, shape):
+    """Load the keys and values once, then every tile of queries with its terms, head by head."""
+    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _ = buffers
+    keys_full, full, empty = barriers
+    heads, group, tiles = shape
+    WARPGROUPS: gl.constexpr = k_smem.shape[0]
+    STAGES: gl.constexpr = q_smem.shape[0]
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    D: gl.constexpr = q_smem.shape[2]
+    i_b, i_h, first = _key_tile(heads // group, tiles, WARPGROUPS)
+    start, stop, _, _ = query_walk(first, pattern, WARPGROUPS * 64)
+    latest = latest_row(stop, pattern, BLOCK_M)
+    mbarrier.expect(keys_full, 2 * WARPGROUPS * 64 * D * 2)
+    for w in gl.static_range(WARPGROUPS):
+        tma_load(k_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(k_smem.index(w), 64, D))
+        tma_load(v_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(v_smem.index(w), 64, D))
+    stage = 0
+    phase = 1
+    for i_head in range(i_h * group, i_h * group + group):
+        for walked in range(start, stop, BLOCK_M):
+            row = gl.minimum(walked, latest)
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
+            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+            tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
+            tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
+            tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def _consume(outputs, buffers, barriers, scale2, pattern, shape, WARPGROUP: gl.constexpr):
+    """Fold tile after tile of queries into dk and dv of 64 keys:
+
+    S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
+    """
+    dk_desc, dv_desc = outputs
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem = buffers
+    keys_full, full, empty = barriers
+    heads, group, tiles = shape
+    DTYPE: gl.constexpr = q_smem.dtype
+    WARPGROUPS: gl.constexpr = k_smem.shape[0]
+    STAGES: gl.constexpr = q_smem.shape[0]
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    D: gl.constexpr = q_smem.shape[2]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
+    i_b, i_h, first = _key_tile(heads // group, tiles, WARPGROUPS)
+    start, stop, all_start, all_stop = query_walk(first, pattern, WARPGROUPS * 64)
+    latest = latest_row(stop, pattern, BLOCK_M)
+    keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    seen_from, seen_to = queries_of(keys, pattern)
+    k = k_smem.index(WARPGROUP)
+    v = v_smem.index(WARPGROUP)
+    dk = gl.zeros([64, D], gl.float32, SUMS)
+    dv = gl.zeros([64, D], gl.float32, SUMS)
+    none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    stage = 0
+    phase = 0
+    mbarrier.wait(keys_full, 0)
+    row = start
+    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
+        q = q_smem.index(stage)
+        grad = grad_smem.index(stage)
+        edge = (row < all_start) | (row + BLOCK_M > all_stop)
+        mbarrier.wait(full.index(stage), phase)
+        s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+        dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
+        lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
+        s_t = warpgroup_mma_wait(1, deps=(s_t,))
+        p_t = gl.exp2(s_t * scale2 - lse2[None, :])
+        delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
+        dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
+        slope = dp_t - delta[None, :]
+        if edge:
+            queries = gl.minimum(row, latest) + count_smem.load(COLUMNS)[None, :]
+            visible = (queries >= gl.maximum(seen_from, row)[:, None]) & (queries < seen_to[:, None])
+            p_t = gl.where(visible, p_t, 0.0)
+            slope = gl.where(visible, slope, 0.0)
+        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
+        dv = warpgroup_mma(p_operand, grad, dv, is_async=True)
+        ds_operand = gl.convert_layout((p_t * slope).to(DTYPE), OPERAND, assert_trivial=True)
+        dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+        row += BLOCK_M
+        row = gl.where(row < stop, row, start)
+    store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), k, D)
+    store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "tiles"])
+def dkv_kernel(
+    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, dk_desc, dv_desc,
+    scale2, n, block_size, window, sink, grid_start, heads, group, tiles,
+    WARPGROUPS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Own WARPGROUPS x 64 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first."""
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [WARPGROUPS, 64, D], TILE)
+    v_smem = gl.allocate_shared_memory(k_desc.dtype, [WARPGROUPS, 64, D], TILE)
+    q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
+    grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
+    count_smem = counting(BLOCK_M)
+    keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(keys_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=WARPGROUPS)
+    fence_async_shared()
+    inputs = (q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
+    outputs = (dk_desc, dv_desc)
+    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem)
+    barriers = (keys_full, full, empty)
+    pattern = (n, block_size, window, sink, grid_start)
+    shape = (heads, group, tiles)
+    if WARPGROUPS == 2:
+        gl.warp_specialize([
+            (_produce, (inputs, buffers, barriers, pattern, shape)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 0)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 1)),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_produce, (inputs, buffers, barriers, pattern, shape)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 0)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 1)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 2)),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

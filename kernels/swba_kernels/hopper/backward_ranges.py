@@ -1,0 +1,88 @@
+"""The block window as the backward kernels walk it: which queries meet a tile of keys, which keys a tile of queries.
+
+`pattern` is (n, block_size, window, sink, grid_start), in tokens.
+
+Tiles lie on a fixed grid of the sequence and may straddle blocks, so that nothing is padded; only tiles at the edge of
+somebody's range need an element mask. The tests run these functions on numpy arrays: keep them free of anything but
+integer arithmetic, minimum, maximum and where, and of negative dividends.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def block_end(row, pattern):
+    """Return the end of the block that holds `row`, clipped to the sequence."""
+    n, block_size, _, _, grid_start = pattern
+    return gl.minimum(row - (row - grid_start) % block_size + block_size, n)
+
+
+@gluon.jit
+def queries_of(key, pattern):
+    """Return the half-open range of the queries that see `key`: one range, sink or not."""
+    n, block_size, window, sink, grid_start = pattern
+    start = gl.maximum(key - (key - grid_start) % block_size, 0)
+    reach = grid_start + (key + window - grid_start) // block_size * block_size
+    stop = gl.where((key < sink) | (key + window >= n), n, reach)
+    return start, gl.where(key < n, stop, start)
+
+
+@gluon.jit
+def query_walk(first, pattern, KEYS: gl.constexpr):
+    """Return (start, stop, all_start, all_stop) for the keys [first, first + KEYS), of which the first exists.
+
+    Queries [start, stop) see some of the keys, queries [all_start, all_stop) all of them (an empty range if the tile
+    hangs over the end of the sequence).
+    """
+    n, _, _, sink, _ = pattern
+    last = gl.minimum(first + KEYS, n) - 1
+    start, stop_first = queries_of(first, pattern)
+    all_start, stop_last = queries_of(last, pattern)
+    _, stop_window = queries_of(gl.maximum(first, sink), pattern)
+    stop = gl.maximum(stop_first, stop_last)
+    all_stop = gl.where(last < sink, n, stop_window)
+    all_start = gl.where(first + KEYS > n, n, all_start)
+    return start, stop, all_start, all_stop
+
+
+@gluon.jit
+def latest_row(stop, pattern, ROWS: gl.constexpr):
+    """Return where the last tile of queries before `stop` may start.
+
+    A tile that would reach past `stop` slides back instead, and a mask hides what it meets again: a query that sees
+    none of the keys may hold NaN, and 0 x NaN is NaN. Past the end of the sequence a tile reads zeros, so it may hang
+    over; everywhere else the range is at least as long as the tile of keys, so there is room to slide.
+    """
+    n, _, _, _, _ = pattern
+    return gl.where(stop < n, stop - ROWS, n)
+
+
+@gluon.jit
+def key_walk(first, pattern, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Return (tiles, walk) for the query rows [first, first + ROWS); `walk` is what `key_tile` asks for.
+
+    walk = (sink_stop, sink_tiles, left, all_left, all_stop, stop): the rows see sinks [0, sink_stop), in `sink_tiles`
+    tiles, and some of the keys [left, stop); all rows see the keys [all_left, all_stop).
+    """
+    n, _, window, sink, _ = pattern
+    end_first = block_end(first, pattern)
+    end_last = block_end(gl.minimum(first + ROWS, n) - 1, pattern)
+    left = gl.maximum(end_first - window, 0)
+    sink_stop = gl.minimum(sink, left)
+    sink_tiles = (sink_stop + COLUMNS - 1) // COLUMNS
+    tiles = sink_tiles + (end_last - left + COLUMNS - 1) // COLUMNS
+    return tiles, (sink_stop, sink_tiles, left, end_last - window, end_first, end_last)
+
+
+@gluon.jit
+def key_tile(j, walk, COLUMNS: gl.constexpr):
+    """Return (start, stop, edge) of key tile `j` of a walk; an edge tile holds keys that not every row sees."""
+    sink_stop, sink_tiles, left, all_left, all_stop, stop = walk
+    in_sink = j < sink_tiles
+    start = gl.where(in_sink, j * COLUMNS, left + (j - sink_tiles) * COLUMNS)
+    in_window = (start >= all_left) & (start + COLUMNS <= all_stop)
+    whole = gl.where(in_sink, start + COLUMNS <= sink_stop, in_window)
+    return start, gl.where(in_sink, sink_stop, stop), whole == 0

@@ -1,0 +1,73 @@
+"""What the backward kernels share: pipeline stages, rows of numbers in shared memory, the way out of a tile."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from .compat import box, cta_barrier, tma_store, view
+
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+def row_box_layout() -> gl.NVMMASharedLayout:
+    """Return the shared layout of a box [1, rows] of 32-bit numbers."""
+    return gl.NVMMASharedLayout(0, 32, rank=2)
+
+
+row_box = gluon.constexpr_function(row_box_layout)
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """Step through a ring of buffers; the phase flips when the ring wraps."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def row_terms(buffer, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Read one number per query from a box [1, ROWS]."""
+    return view(buffer, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(LAYOUT)
+
+
+@gluon.jit
+def counting(ROWS: gl.constexpr):
+    """Return a buffer that holds 0, 1, ... ROWS - 1.
+
+    Edge tiles read their row numbers from here: as an `arange` they would sit in registers through the whole loop.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    values = gl.arange(0, ROWS, layout=LAYOUT)
+    return gl.allocate_shared_memory(gl.int32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]), values)
+
+
+@gluon.jit
+def clear_past(buffer, tile, n, ROWS: gl.constexpr, D: gl.constexpr):
+    """Zero what a tile (start, stop, _) of ROWS rows holds past `stop`: a matmul would turn 0 x NaN into NaN.
+
+    Rows past the end of the sequence are zero already. Every warpgroup that reads the tile calls this for itself; they
+    write the same bits.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    start, stop, _ = tile
+    if (start + ROWS > stop) & (stop < n):
+        x = buffer.load(LAYOUT)
+        inside = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < stop
+        buffer.store(gl.where(inside[:, None], x, gl.zeros([ROWS, D], x.dtype, LAYOUT)))
+        fence_async_shared()
+        cta_barrier()
+
+
+@gluon.jit
+def store_tile(desc, i_b, i_h, row, x, buffer, D: gl.constexpr):
+    """Send 64 rows to global memory through a buffer that only this warpgroup has read; rows past the end are cut."""
+    cta_barrier()
+    buffer.store(x)
+    fence_async_shared()
+    cta_barrier()
+    tma_store(desc, [i_b, i_h, row, 0], box(buffer, 64, D))
