@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 import swba_kernels
+from swba_kernels.hopper.supports import build_obstacle
 
 from .bench.report import device_name, versions
 from .checkpoint import PRETRAINED, read_config
@@ -51,6 +52,10 @@ def report(head_dim: int = 64) -> Iterator[str]:
         for op in OPS:
             choice = swba_kernels.choose_impl(device, dtype, head_dim, op)
             yield f"{device!s:<13}{op}: {choice.name} ({choice.reason}; {str(dtype)[6:]}, head dim {head_dim})"
+    obstacle = build_obstacle()
+    yield "hopper       " + (
+        f"kernels cannot be built: {obstacle}" if obstacle else "kernels can be built by this Triton"
+    )
     for module, extra in EXTRAS.items():
         yield f"{module:<13}" + _presence(module, extra)
     yield "h264         " + _encoder()

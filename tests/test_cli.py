@@ -168,6 +168,15 @@ def test_doctor_names_versions_choices_and_extras(capsys):
         assert word in text
 
 
+def test_doctor_says_why_the_hopper_kernels_cannot_be_built(capsys, monkeypatch):
+    from swba_infer import doctor
+
+    for obstacle, line in ((None, "kernels can be built"), ("too old a Triton", "cannot be built: too old a Triton")):
+        monkeypatch.setattr(doctor, "build_obstacle", lambda obstacle=obstacle: obstacle)
+        assert main(["doctor"]) == 0
+        assert line in capsys.readouterr().out
+
+
 def test_bench_attention_passes_its_gate_and_writes_json_and_plot(tmp_path, capsys):
     out = tmp_path / "attention.json"
     assert (

@@ -56,18 +56,18 @@ def _pattern(block_size: int, window: int, sink: int, grid_start: int) -> dict[s
     return {"block_size": block_size, "window": window, "sink": sink, "grid_start": grid_start}
 
 
-def _on_hopper(impl: str, op: str, block_size: int, *tensors: Tensor) -> bool:
+def _on_hopper(impl: str, op: str, block_size: int, q: Tensor, *others: Tensor) -> bool:
     """Tell whether this call runs the Hopper kernels; "hopper" asked for by name runs them or raises."""
     if impl not in _HOPPER:
         return False
     from .hopper import supports
 
-    obstacle = supports.obstacle(*tensors)
+    obstacle = supports.obstacle(q, *others)
     if impl == "hopper":
         if obstacle:
             raise ValueError(f"impl: expected an implementation that can run here, got 'hopper' for {op}: {obstacle}")
         return True
-    obstacle = obstacle or supports.small_block(op, block_size)
+    obstacle = obstacle or supports.small_block(op, min(block_size, q.shape[2]))
     if obstacle:
         _log_once(op, obstacle)
     return not obstacle
@@ -76,15 +76,6 @@ def _on_hopper(impl: str, op: str, block_size: int, *tensors: Tensor) -> bool:
 @lru_cache(1024)
 def _log_once(op: str, obstacle: str) -> None:
     _LOG.debug("%s: triton (Hopper kernels do not serve this call: %s)", op, obstacle)
-
-
-def _for_tma(impl: str, x: Tensor) -> Tensor:
-    """Return x, or a copy that TMA can read where x is an incoming gradient, whose layout no caller chooses."""
-    if impl not in _HOPPER:
-        return x
-    from .hopper.supports import tma_strides
-
-    return x if tma_strides(x) and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(
@@ -110,9 +101,9 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dout, q, k, v = _for_tma(impl, _dense(dout)), _dense(q), _dense(k), _dense(v)
+    dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if _on_hopper(impl, "backward", block_size, dout, q, k, v, out):
+    if _on_hopper(impl, "backward", block_size, q, k, v):
         from .hopper.backward import backward
 
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()

@@ -170,7 +170,7 @@ def _flex(shape: Shape, tensors: Mapping[str, Tensor], impl: str, backend: str |
     mask = block_mask(shape, tensors["q"].device)
     options = {"BACKEND": backend} if backend else None
     arguments: dict[str, Any] = {"block_mask": mask, "kernel_options": options, "enable_gqa": bool(shape.kv_heads)}
-    return partial(torch.compile(flex_attention, dynamic=False), **arguments)
+    return cast(Forward, partial(torch.compile(flex_attention, dynamic=False), **arguments))
 
 
 def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
