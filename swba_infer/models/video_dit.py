@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config import check_keys
 from ..context import AttentionContext
 from ..errors import ConfigError
-from ..rope import apply_rope, grid_positions, rope_angles
+from ..rope import grid_positions, rope_angles, rope_columns, turn_pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch: int, channels: in
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
 
 
 class Block(nn.Module):
@@ -131,27 +131,31 @@ class Block(nn.Module):
         self.down = nn.Linear(config.mlp, config.dim, bias=False)
         self.modulation = nn.Parameter(torch.zeros(6, config.dim))
 
-    def project(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map x [L, F, P, E] to q [L, H, N, D] and k, v [L, Hkv, N, D]; `modulation` is [L, F, 1, 6, E]."""
-        shift, scale = (modulation[..., :2, :] + self.modulation[:2]).unbind(-2)
+    def project(self, x: Tensor, modulation: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Map x [L, F, P, E] to q [L, H, N, D] and k, v [L, Hkv, N, D].
+
+        `modulation` [L, F, 1, 6, E] holds shift, scale and gate of the attention, then of the MLP; `turn` is the
+        rotation of `turn_pairs`.
+        """
+        shift, scale = modulation[..., :2, :].unbind(-2)
         qkv = self.qkv(_modulate(x, shift, scale)).flatten(1, 2).unflatten(-1, (-1, self.head_dim))
-        qk = F.rms_norm(qkv[:, :, : -self.kv_heads], (self.head_dim,), eps=1e-6) * self.qk_scale
-        qk = apply_rope(qk, cos, sin).to(qkv.dtype)
-        q, k = qk.split((self.heads, self.kv_heads), dim=2)
+        # The values are normed and dropped: cheaper than the copy that the norm makes of q and k alone.
+        qk = F.rms_norm(qkv, (self.head_dim,), eps=1e-6)[:, :, : -self.kv_heads] * self.qk_scale
+        q, k = turn_pairs(qk, *turn).to(qkv.dtype).split((self.heads, self.kv_heads), dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, -self.kv_heads :].transpose(1, 2)
 
     def absorb(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """Add the attention's result [L, H, N, D] and then the MLP to x [L, F, P, E]."""
-        gate, shift, scale, mlp_gate = (modulation[..., 2:, :] + self.modulation[2:]).unbind(-2)
-        x = x + gate * self.out(attended.transpose(1, 2).flatten(2)).view_as(x)
+        gate, shift, scale, mlp_gate = modulation[..., 2:, :].unbind(-2)
+        x = torch.addcmul(x, gate, self.out(attended.transpose(1, 2).flatten(2)).view_as(x))
         a, b = self.gate_up(_modulate(x, shift, scale)).chunk(2, dim=-1)
-        return x + mlp_gate * self.down(F.silu(a) * b)
+        return torch.addcmul(x, mlp_gate, self.down(F.silu(a) * b))
 
     def forward(
-        self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int
+        self, x: Tensor, modulation: Tensor, turn: tuple[Tensor, Tensor], context: AttentionContext, layer: int
     ) -> Tensor:
         """Run the layer on x [L, F, P, E]."""
-        return self.absorb(x, context.attend(layer, *self.project(x, modulation, cos, sin)), modulation)
+        return self.absorb(x, context.attend(layer, *self.project(x, modulation, turn)), modulation)
 
 
 class VideoDiT(nn.Module):
@@ -229,16 +233,20 @@ class VideoDiT(nn.Module):
         condition = self.time_out(F.silu(self.time_in(_sinusoid(t).to(x.dtype)))) + acted
         x = x + self.action_token(acted)[:, :, None]
         condition = F.silu(condition)
-        modulation = self.condition(condition).unflatten(-1, (1, 6, -1))
-
-        angles = rope_angles(
-            grid_positions(context.positions, self.config.rows, self.config.columns), self.rope_dims, self.ROPE_THETA
-        )[:, :, None]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        modulation = self._modulation(condition)
+        place = grid_positions(context.positions, self.config.rows, self.config.columns)
+        turn = rope_columns(rope_angles(place, self.rope_dims, self.ROPE_THETA)[:, :, None], x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation, cos, sin, context, layer)
+            x = block(x, modulation[layer], turn, context, layer)
 
         return self._head(x, detail, self.head_modulation(condition)).to(tokens.dtype)
+
+    def _modulation(self, condition: Tensor) -> Tensor:
+        """Map the condition [L, F, E] to the modulation of every layer [depth, L, F, 1, 6, E], at once."""
+        tables = torch.stack([block.modulation for block in self.blocks])  # type: ignore[arg-type]
+        modulation = self.condition(condition).unflatten(-1, (1, 6, -1)) + tables[:, None, None, None]
+        modulation[..., 1::3, :].add_(1)  # the scales
+        return modulation
 
     def _stem(self, tokens: Tensor) -> Tensor:
         """Map tokens to cell features [L F, cell_dim, height / 4, width / 4]."""
@@ -256,10 +264,11 @@ class VideoDiT(nn.Module):
         """Map x [L, F, P, E] to tokens [L, N, C], with the stem's detail mixed in as the noise level allows."""
         size, cells, dim = self.config, self.per_side, self.config.dim
         modulation = modulation[:, :, None]
-        x = self.unembed(_modulate(x, modulation[..., :dim], modulation[..., dim : 2 * dim])).flatten(0, 1)
+        shift, (scale, gate) = modulation[..., :dim], (1 + modulation[..., dim:]).split((dim, size.cell_dim), dim=-1)
+        x = self.unembed(_modulate(x, shift, scale)).flatten(0, 1)
         x = x.view(-1, size.rows, size.columns, cells, cells, size.cell_dim).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        gate = 1 + modulation[..., 2 * dim :].reshape(-1, size.cell_dim, 1, 1)
-        y = self.head_in(torch.cat((x.permute(0, 3, 1, 2), detail * gate), dim=1))
+        detail = detail * gate.reshape(-1, size.cell_dim, 1, 1)
+        y = self.head_in(torch.cat((x.permute(0, 3, 1, 2), detail), dim=1))
         y = y + self.head_mid(F.silu(y))
         y = self.head_out(F.silu(y)).permute(0, 2, 3, 1)
         y = y.view(-1, size.rows, cells, size.columns, cells, self.CELL, self.CELL * size.channels)
@@ -282,6 +291,7 @@ def _per_frame(value: Tensor, lanes: int, frames: int) -> Tensor:
 
 
 def _sinusoid(t: Tensor) -> Tensor:
-    frequency = torch.exp(torch.arange(128, device=t.device) * (-math.log(1000.0) / 127)) * 300.0
+    fastest = math.log(300.0, 1000.0)
+    frequency = torch.logspace(fastest, fastest - 1, 128, base=1000.0, dtype=torch.float64, device=t.device)
     angle = t[..., None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
