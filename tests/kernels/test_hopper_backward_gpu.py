@@ -1,0 +1,184 @@
+"""The Hopper backward on a GPU against the float64 reference; every buffer it allocates starts as NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import Case, qkv
+from tolerance import assert_close
+from torch import Tensor
+
+from swba_kernels import BlockWindow, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs capability 9.0"
+    ),
+]
+
+CASES = [
+    Case(BlockWindow(64, 192), 640, head_dim=64),
+    Case(BlockWindow(144, 432), 1000, heads=4, kv_heads=2, head_dim=64),
+    Case(BlockWindow(256, 1024), 1536, head_dim=128, batch=1),
+    Case(BlockWindow(256, 600, 31), 1111, heads=3, kv_heads=3, head_dim=128),
+    Case(BlockWindow(333, 700, 130), 1200, heads=6, kv_heads=2, head_dim=64),
+    Case(BlockWindow(333, 999, 0, 100), 901, heads=2, kv_heads=1, head_dim=128),
+    Case(BlockWindow(512, 1024, 512), 2048, head_dim=64, batch=1),
+    Case(BlockWindow(880, 1760, 5, 17), 1900, heads=2, kv_heads=1, head_dim=128, batch=1),
+    Case(BlockWindow(1560, 1560), 2000, head_dim=64, batch=1),
+    Case(BlockWindow(1560, 4680, 70), 3200, heads=1, kv_heads=1, head_dim=128, batch=1),
+    Case(BlockWindow(500, 500), 130, head_dim=64, batch=3),
+    Case(BlockWindow(64, 64), 1, head_dim=128, batch=3),
+    Case(BlockWindow(7, 40, 3, 2), 300, heads=4, kv_heads=1, head_dim=64),
+    Case(BlockWindow(1, 1), 200, head_dim=128),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Let torch fill what it allocates uninitialised with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def forward(case: Case, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, dict]:
+    from swba_kernels.portable.forward import forward as portable_forward
+
+    p = case.pattern
+    options = {"scale": case.head_dim**-0.5, "block_size": p.block_size, "window": p.window}
+    options |= {"sink": p.sink, "grid_start": p.grid_start}
+    return *portable_forward(*inputs, **options), options
+
+
+def gradients(case: Case, inputs: tuple[Tensor, ...], dout: Tensor, **more) -> tuple[Tensor, ...]:
+    from swba_kernels.hopper.backward import backward
+
+    out, lse, options = forward(case, inputs)
+    return backward(dout, *inputs, out, lse, **options, **more)
+
+
+def draw_dout(case: Case, dtype: torch.dtype) -> Tensor:
+    shape = (case.batch, case.heads, case.n, case.head_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(9)).to("cuda", dtype)
+
+
+def check(case: Case, inputs: tuple[Tensor, ...], dout: Tensor, **more) -> None:
+    actual = gradients(case, inputs, dout, **more)
+
+    def by_autograd(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
+        return torch.autograd.grad(reference.block_window_reference(*leaves, case.pattern), leaves, dout.to(dtype))
+
+    pairs = zip(actual, by_autograd(torch.float64), by_autograd(dout.dtype), inputs, strict=True)
+    for name, (a, oracle, eager, x) in zip(("dq", "dk", "dv"), pairs, strict=True):
+        assert_close(a, oracle, eager, name)
+        assert a.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_equal_the_reference(case, dtype, deterministic) -> None:
+    check(case, qkv(case, dtype, "cuda"), draw_dout(case, dtype), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_views_of_wider_buffers_full_of_nan(deterministic) -> None:
+    case = Case(BlockWindow(144, 333, 20), 700, heads=4, kv_heads=2, head_dim=128)
+
+    def inside(x: Tensor) -> Tensor:
+        buffer = torch.full((x.shape[0], x.shape[2] + 24, x.shape[1] + 1, x.shape[3] + 8), float("nan"), device="cuda")
+        view = buffer.to(x.dtype)[:, 16:-8, 1:, : x.shape[3]].transpose(1, 2)
+        return view.copy_(x)
+
+    inputs = tuple(inside(x) for x in qkv(case, torch.bfloat16, "cuda"))
+    check(case, inputs, inside(draw_dout(case, torch.bfloat16)), deterministic=deterministic)
+
+
+def test_expanded_gradient_of_the_output() -> None:
+    case = Case(BlockWindow(100, 300), 500, head_dim=64)
+    dout = torch.ones((), device="cuda", dtype=torch.bfloat16).expand(case.batch, case.heads, case.n, case.head_dim)
+    check(case, qkv(case, torch.bfloat16, "cuda"), dout)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_large_scores_do_not_overflow(deterministic) -> None:
+    case = Case(BlockWindow(200, 500), 1001, head_dim=128)
+    inputs = tuple(x * 12 for x in qkv(case, torch.bfloat16, "cuda"))
+    check(case, inputs, draw_dout(case, torch.bfloat16), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_deterministic_gradients_repeat_bit_for_bit(case) -> None:
+    inputs, dout = qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16)
+    first = gradients(case, inputs, dout)
+    for _ in range(5):
+        assert all(map(torch.equal, gradients(case, inputs, dout), first))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_nan_of_hidden_tokens_never_reaches_a_gradient(deterministic) -> None:
+    """Blocks and window are multiples of the tiles here: blocks that share a tile share each other's NaN (0 x NaN)."""
+    case = Case(BlockWindow(256, 512), 1500, head_dim=128)
+    token = 700
+    mask = case.pattern.mask(case.n, "cuda")
+    lost_queries = mask[:, token].clone()
+    lost_keys = mask[lost_queries].any(0)
+    results = []
+    for value in (0.0, float("nan")):
+        inputs = tuple(x.clone() for x in qkv(case, torch.bfloat16, "cuda"))
+        for x in inputs:
+            x[:, :, token] = value
+        dq, dk, dv = gradients(case, inputs, draw_dout(case, torch.bfloat16), deterministic=deterministic)
+        results.append((dq[:, :, ~lost_queries], dk[:, :, ~lost_keys], dv[:, :, ~lost_keys]))
+    assert not lost_queries.all()
+    assert not lost_keys.all()
+    for a, b in zip(*results, strict=True):
+        assert a.numel()
+        assert torch.isfinite(b).all()
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+
+
+def test_rows_with_an_infinite_log_sum_exp_have_no_gradient() -> None:
+    from swba_kernels.hopper.backward import backward
+
+    case = Case(BlockWindow(128, 256), 384, head_dim=64)
+    inputs, dout = qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16)
+    out, lse, options = forward(case, inputs)
+    expected = backward(dout.index_fill(2, torch.tensor([5, 200], device="cuda"), 0.0), *inputs, out, lse, **options)
+    lse[:, :, 5], lse[:, :, 200] = float("inf"), float("-inf")
+    for a, e in zip(backward(dout, *inputs, out, lse, **options), expected, strict=True):
+        torch.testing.assert_close(a, e, atol=2e-2, rtol=2e-2)
+
+
+def test_gradients_replay_from_a_graph() -> None:
+    case = Case(BlockWindow(256, 768), 2000, head_dim=128)
+    inputs, dout = qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16)
+    expected = gradients(case, inputs, dout)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(case, inputs, dout)
+    for _ in range(3):
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))
+
+
+def test_no_new_kernel_for_new_sizes() -> None:
+    from swba_kernels.hopper.backward_dkv import dkv_kernel
+    from swba_kernels.hopper.backward_dq import dq_kernel
+
+    def kernels() -> int:
+        return sum(len(cache[0]) for f in (dkv_kernel, dq_kernel) for cache in f.device_caches.values())
+
+    def run(case: Case) -> None:
+        gradients(case, qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16))
+
+    run(Case(BlockWindow(100, 300, 5), 500, head_dim=64))
+    before = kernels()
+    assert before
+    for n, block_size in ((1, 1), (16, 16), (512, 128), (1000, 333)):
+        run(Case(BlockWindow(block_size, 2 * block_size, 16, 1), n, heads=4, kv_heads=1, head_dim=64, batch=1))
+    assert kernels() == before

@@ -1,0 +1,133 @@
+"""The walks of the Hopper backward, run on the CPU: every visible pair is met once, and nothing hidden is touched."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton.experimental.gluon")
+
+from swba_kernels import BlockWindow
+from swba_kernels.hopper import backward_ranges
+
+NUMPY = SimpleNamespace(minimum=np.minimum, maximum=np.maximum, where=np.where)
+NAMES = ("block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranges():
+    """Run the kernels' own index functions on numpy numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward_ranges, "gl", NUMPY)
+        for name in NAMES:
+            patch.setattr(backward_ranges, name, getattr(backward_ranges, name).fn)
+        yield
+
+
+@st.composite
+def problems(draw) -> tuple[BlockWindow, int]:
+    block_size = draw(st.integers(1, 40))
+    window = block_size + draw(st.integers(0, 60))
+    pattern = BlockWindow(block_size, window, draw(st.integers(0, 30)), draw(st.integers(0, block_size)))
+    return pattern, draw(st.integers(1, 130))
+
+
+def numbers(pattern: BlockWindow, n: int) -> tuple[int, ...]:
+    """Return the pattern as the launcher hands it to the kernels."""
+    return (
+        n,
+        min(pattern.block_size, n - pattern.grid_start),
+        min(pattern.window, n),
+        min(pattern.sink, n),
+        pattern.grid_start,
+    )
+
+
+def walk_queries(pattern: BlockWindow, n: int, keys: int, rows: int) -> np.ndarray:
+    """Walk as the kernel of dk and dv does, and return how often each (query, key) pair entered a sum."""
+    sizes = numbers(pattern, n)
+    met = np.zeros((n, n), int)
+    for first in range(0, n, keys):
+        start, stop, all_start, all_stop = backward_ranges.query_walk(first, sizes, keys)
+        latest = backward_ranges.latest_row(stop, sizes, rows)
+        tile = first + np.arange(keys)
+        seen_from, seen_to = backward_ranges.queries_of(tile, sizes)
+        for walked in range(start, stop, rows):
+            row = min(walked, latest)
+            queries = row + np.arange(rows)[:, None]
+            assert row >= start, "a tile slid back past the queries that see its keys"
+            if walked < all_start or walked + rows > all_stop:
+                visible = (queries >= np.maximum(seen_from, walked)) & (queries < seen_to)
+            else:
+                visible = np.ones((rows, keys), bool)
+                assert (queries < n).all()
+                assert (tile < n).all()
+            if stop < n:
+                assert (queries < stop).all(), "a query that sees none of the keys was read"
+            i_query, i_key = np.nonzero(visible & (queries < n) & (tile < n))
+            np.add.at(met, (row + i_query, first + i_key), 1)
+            assert not (visible & ((queries >= n) | (tile >= n))).any()
+    return met
+
+
+def walk_keys(pattern: BlockWindow, n: int, rows: int, columns: int) -> np.ndarray:
+    """Walk as the kernel of dq does, and return how often each (query, key) pair entered a sum."""
+    sizes = numbers(pattern, n)
+    _, _, window, sink, _ = sizes
+    met = np.zeros((n, n), int)
+    for first in range(0, n, rows):
+        count, walk = backward_ranges.key_walk(first, sizes, rows, columns)
+        assert count >= 1
+        query = first + np.arange(rows)[:, None]
+        row_end = backward_ranges.block_end(query, sizes)
+        seen_by_some = pattern.mask(n).numpy()[first : first + rows].any(0)
+        for j in range(int(count)):
+            start, stop, edge = backward_ranges.key_tile(j, walk, columns)
+            keys = start + np.arange(columns)
+            assert start >= 0
+            kept = keys[(keys < stop) | (stop >= n)]
+            assert seen_by_some[kept[kept < n]].all(), "a key that no row sees stayed in the tile"
+            visible = np.ones((rows, columns), bool)
+            if edge:
+                in_window = (keys >= row_end - window) | (keys < sink)
+                visible = in_window & (keys < np.minimum(row_end, stop))
+            assert not (visible & (keys >= n)).any()
+            i_query, i_key = np.nonzero(visible & (query < n))
+            np.add.at(met, (first + i_query, keys[i_key]), 1)
+    return met
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from([(8, 4), (8, 8), (12, 4), (12, 8), (1, 1)]))
+def test_the_walk_over_queries_meets_every_visible_pair_once(problem, tile) -> None:
+    pattern, n = problem
+    np.testing.assert_array_equal(walk_queries(pattern, n, *tile), pattern.mask(n).numpy())
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from([(8, 4), (8, 8), (12, 4), (12, 8), (1, 1), (4, 16)]))
+def test_the_walk_over_keys_meets_every_visible_pair_once(problem, tile) -> None:
+    pattern, n = problem
+    np.testing.assert_array_equal(walk_keys(pattern, n, *tile), pattern.mask(n).numpy())
+
+
+SHAPES = [
+    BlockWindow.from_blocks(64, 3),
+    BlockWindow.from_blocks(144, 2, 1),
+    BlockWindow(256, 600, 31, 17),
+    BlockWindow(333, 700, 130),
+    BlockWindow(880, 880, 0, 1),
+]
+
+
+@pytest.mark.parametrize("pattern", SHAPES, ids=str)
+@pytest.mark.parametrize("n", [1, 63, 129, 1000])
+def test_real_tiles_meet_every_visible_pair_once(pattern, n) -> None:
+    mask = pattern.mask(n).numpy()
+    for keys, rows in ((128, 64), (192, 64), (128, 128)):
+        np.testing.assert_array_equal(walk_queries(pattern, n, keys, rows), mask)
+        np.testing.assert_array_equal(walk_keys(pattern, n, keys, rows), mask)
