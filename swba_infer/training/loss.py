@@ -5,9 +5,10 @@ model for its own mistakes, history may carry a little noise that the model is t
 replaced by predictions of the model itself (`self_context`); the same predictions stand in for the truth under part of
 the noise, because that is what the second step of a sampler starts from (`refine`).
 
-The error of a prediction is nearly absolute. A squared one is ruled by a few misplaced bright edges, lets dark texture
-go, and asks for the mean of the possible pictures, which is soft; their median has sharp edges. Continued from one set
-of weights for nine minutes of a CPU core each, it gave the higher PSNR and the higher edge energy of the next frame.
+Small errors count by their square and large ones by their size. Squares alone are ruled by a few misplaced bright
+edges, and ask for the mean of the places where such an edge may be, which is soft; their median is sharp. Sizes alone
+would let uncertain texture go flat, since its median is plain: continued from one set of weights for nine minutes of a
+CPU core each, a bend at 0.03 gave 0.5 dB more than squares in the first frames of a rollout, and 5% less edge energy.
 
 B sequences, F frames, P tokens of a frame, C channels of a token.
 """
@@ -61,7 +62,7 @@ class LossConfig:
     self_passes: int = 1
     self_pure: float = 0.25
     refine: float = 0.25
-    bend: float = 0.03
+    bend: float = 0.1
     weight_cap: float = 2.0
 
 
