@@ -1,10 +1,10 @@
 """Which rows and which keys: the schedule of the Hopper forward as integer arithmetic.
 
-The kernel calls these functions on the device. They use nothing but +, -, *, //, %, min and max on non-negative numbers,
-so the tests call the very same ones (as `function.fn`) in plain Python.
+The kernel calls these functions on the device. They use nothing but +, -, *, //, %, min and max, and divide only
+numbers that are not negative, so the tests call the very same ones (as `function.fn`) in plain Python.
 
-A stream of B * H heads, each cut into blocks and each block into tiles of `rows` rows. A tile never straddles blocks, so
-all its rows see the same keys: at most four contiguous segments (the own window, own sinks, two parts of a ring).
+Each of B * H heads is cut into blocks, and each block into tiles of `rows` rows. A tile never straddles blocks, so all
+its rows see the same keys: at most four contiguous segments (the own window, own sinks, two parts of a ring).
 """
 
 from __future__ import annotations
@@ -88,11 +88,10 @@ def rows_of(block, tile, n, block_size, grid_start, rows):
 
 
 @gluon.jit
-def rounds_of(items, cta, ctas):
-    """Return how many work items a CTA has: one in each full round, and perhaps one in the last."""
-    full = items // ctas
+def rounds_of(full, rest, cta, ctas):
+    """Return how many work items a CTA has: one in each of `full` rounds, and perhaps one of the `rest`."""
     turn = ctas - 1 - cta if full % 2 == 1 else cta
-    return full + (1 if turn < items - full * ctas else 0)
+    return full + (1 if turn < rest else 0)
 
 
 @gluon.jit
@@ -104,7 +103,7 @@ def item_of(i, cta, ctas):
 
 @gluon.jit
 def own_keys(end, window, sink):
-    """Return (first key of the window, sinks before it): a block that ends at `end` sees [0, sinks) and [first, end)."""
+    """Return (first, sinks): a block that ends at `end` sees the keys [0, sinks) and [first, end)."""
     first = max(end - window, 0)
     first = 0 if first <= sink else first
     return first, min(sink, first)

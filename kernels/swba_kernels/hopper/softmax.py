@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# A row keeps its old maximum until a score beats it by this much (base 2). Weights then reach at most 2^SLACK instead of
+# A row keeps its old maximum until a score beats it by this much (base 2). Weights then reach at most 2^SLACK, not
 # 1, which costs float32 sums nothing, and nearly no tile needs the accumulator rescaled.
 SLACK = gl.constexpr(8.0)
 

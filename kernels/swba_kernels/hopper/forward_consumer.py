@@ -1,0 +1,241 @@
+"""A consumer of the Hopper forward: a warpgroup that owns 64 query rows and reads the key tiles with its siblings."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .compat import box, cta_barrier, named_arrive, named_sync, tma_store
+from .forward_shared import advance, item, keys_of, rounds
+from .softmax import first_weights, next_weights, rescale
+
+TURN = gl.constexpr(12)  # hardware barriers TURN + i: consumer i may start its matmuls
+
+
+class Outputs(NamedTuple):
+    """The descriptor of out [B, H, N, D], its address and strides, and the address of lse [B, H, N]."""
+
+    descriptor: Any
+    p_out: Any
+    s_ob: Any
+    s_oh: Any
+    s_on: Any
+    p_lse: Any
+
+
+class Lengths(NamedTuple):
+    """Keys in each segment of an item, in the order of the tiles: the own window, own sinks, two parts of a ring."""
+
+    own: Any
+    sinks: Any
+    ring: Any
+    low: Any
+
+
+@gluon.jit
+def _await_turn(TURNS: gl.constexpr, GROUP: gl.constexpr):
+    if TURNS:
+        named_sync(TURN + GROUP, 256)
+
+
+@gluon.jit
+def _pass_turn(GROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr):
+    if TURNS:
+        named_arrive(TURN + (GROUP + 1) % GROUPS, 256)
+
+
+@gluon.jit
+def _clear_rows(v, rows):
+    """Zero the first `rows` rows of a value tile: its keys are fewer than a tile, and 0 * NaN would be NaN.
+
+    Every consumer does it for itself. They write the same, and none gives the buffer back before it is done.
+    """
+    D: gl.constexpr = v.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    for c in gl.static_range(v.shape[0] // 16):
+        if c * 16 < rows:
+            part = v.slice(c * 16, 16)
+            keep = c * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) >= rows
+            x = part.load(LAYOUT)
+            part.store(gl.where(keep[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()
+    cta_barrier()
+
+
+@gluon.jit
+def _hide(s, length, v, v_full, phase):
+    """Mask the first columns of a segment's ragged tile, and clear the values there if no other tile holds them."""
+    COLUMNS: gl.constexpr = s.shape[1]
+    hidden = (length + COLUMNS - 1) // COLUMNS * COLUMNS - length
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, s.type.layout))
+    if length < COLUMNS:
+        mbarrier.wait(v_full, phase)
+        _clear_rows(v, hidden)
+    return gl.where((column >= hidden)[None, :], s, float("-inf"))
+
+
+@gluon.jit
+def _issue_scores(q, k):
+    """Start S = Q K^T for 64 rows and one key tile."""
+    COLUMNS: gl.constexpr = k.shape[0]
+    zero = gl.zeros([64, COLUMNS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]))
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _first_tile(q, length, scale2, buffers, bars, stage, phase, TURNS: gl.constexpr, GROUP: gl.constexpr):
+    """Return (weights, top, total) of an item's first tile, a ragged one."""
+    mbarrier.wait(bars.k_full.index(stage), phase)
+    _await_turn(TURNS, GROUP)
+    s = _issue_scores(q, buffers.k.index(stage))
+    _pass_turn(buffers.out.shape[0], TURNS, GROUP)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(bars.k_empty.index(stage), count=1)
+    s = _hide(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
+    return first_weights(s, scale2)
+
+
+@gluon.jit
+def _next_tile(
+    q, length, scale2, acc, p, top, total, buffers, bars, stage, phase,
+    RAGGED: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Issue the scores of one more tile, then the matmul of the tile before it (in `stage`), whose weights are p."""
+    last = stage
+    last_phase = phase
+    stage, phase = advance(stage, phase, buffers.k.shape[0])
+    mbarrier.wait(bars.k_full.index(stage), phase)
+    _await_turn(TURNS, GROUP)
+    s = _issue_scores(q, buffers.k.index(stage))
+    mbarrier.wait(bars.v_full.index(last), last_phase)
+    acc = warpgroup_mma(p, buffers.v.index(last), acc, is_async=True)
+    _pass_turn(buffers.out.shape[0], TURNS, GROUP)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(bars.k_empty.index(stage), count=1)
+    if RAGGED:
+        s = _hide(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
+    weights, top, total, fade = next_weights(s, top, total, scale2)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(bars.v_empty.index(last), count=1)
+    acc = rescale(acc, fade)
+    p = gl.convert_layout(weights.to(p.dtype), p.type.layout, assert_trivial=True)
+    return acc, p, top, total, stage, phase
+
+
+@gluon.jit
+def _attend(
+    q, lengths, scale2, buffers, bars, q_empty, stage, phase,
+    SEGMENTS: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Attend from 64 query rows to the tiles of all segments: return (sum of weighted values, top, total)."""
+    COLUMNS: gl.constexpr = buffers.k.shape[1]
+    D: gl.constexpr = buffers.k.shape[2]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    own = lengths.own
+    acc = gl.zeros([64, D], gl.float32, ACC)
+    weights, top, total = _first_tile(q, own, scale2, buffers, bars, stage, phase, TURNS, GROUP)
+    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+    for _ in range((own - 1) // COLUMNS):
+        acc, p, top, total, stage, phase = _next_tile(
+            q, own, scale2, acc, p, top, total, buffers, bars, stage, phase, False, TURNS, GROUP
+        )
+    for i in range(1, SEGMENTS):
+        length = lengths.sinks if i == 1 else (lengths.ring if i == 2 else lengths.low)
+        if length > 0:
+            acc, p, top, total, stage, phase = _next_tile(
+                q, length, scale2, acc, p, top, total, buffers, bars, stage, phase, True, TURNS, GROUP
+            )
+        for _ in range((length + COLUMNS - 1) // COLUMNS - 1):
+            acc, p, top, total, stage, phase = _next_tile(
+                q, length, scale2, acc, p, top, total, buffers, bars, stage, phase, False, TURNS, GROUP
+            )
+    mbarrier.arrive(q_empty, count=1)
+    mbarrier.wait(bars.v_full.index(stage), phase)
+    acc = warpgroup_mma(p, buffers.v.index(stage), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(bars.v_empty.index(stage), count=1)
+    stage, phase = advance(stage, phase, buffers.k.shape[0])
+    return acc, top, total, stage, phase
+
+
+@gluon.jit
+def _sit_out(lengths, buffers, bars, q_empty, stage, phase, TURNS: gl.constexpr, GROUP: gl.constexpr):
+    """Give every tile of an item back unread: the item has no rows for this consumer."""
+    COLUMNS: gl.constexpr = buffers.k.shape[1]
+    mbarrier.arrive(q_empty, count=1)
+    tiles = (lengths.own + COLUMNS - 1) // COLUMNS + (lengths.sinks + COLUMNS - 1) // COLUMNS
+    tiles += (lengths.ring + COLUMNS - 1) // COLUMNS + (lengths.low + COLUMNS - 1) // COLUMNS
+    for _ in range(tiles):
+        mbarrier.wait(bars.k_full.index(stage), phase)
+        _await_turn(TURNS, GROUP)
+        _pass_turn(buffers.out.shape[0], TURNS, GROUP)
+        mbarrier.arrive(bars.k_empty.index(stage), count=1)
+        mbarrier.wait(bars.v_full.index(stage), phase)
+        mbarrier.arrive(bars.v_empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, buffers.k.shape[0])
+    return stage, phase
+
+
+@gluon.jit
+def _write(acc, top, total, i_b, i_h, row, end, smem, outputs, call):
+    """Store 64 rows of out and lse from `row` on, those before `end`: by TMA unless that would touch the next block."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    lse = (top + gl.log2(total)) * 0.6931471805599453
+    lse_rows = row + gl.arange(0, 64, layout=top.type.layout)
+    gl.store(outputs.p_lse + (i_b * call.heads + i_h).to(gl.int64) * call.n + lse_rows, lse, mask=lse_rows < end)
+    share = gl.convert_layout(1.0 / total, ROWS, assert_trivial=True)
+    out = (acc * share[:, None]).to(smem.dtype)
+    if (row + 64 <= end) | (end == call.n):
+        tma.store_wait(0)
+        smem.store(out)
+        fence_async_shared()
+        tma_store(outputs.descriptor, [i_b, i_h, row, 0], box(smem, 64, smem.shape[1]))
+    else:
+        rows = row + gl.arange(0, 64, layout=ROWS)
+        columns = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
+        at = rows.to(gl.int64)[:, None] * outputs.s_on + columns[None, :]
+        p_head = outputs.p_out + i_b.to(gl.int64) * outputs.s_ob + i_h.to(gl.int64) * outputs.s_oh
+        gl.store(p_head + at, out, mask=(rows < end)[:, None])
+
+
+@gluon.jit
+def consume(
+    outputs, buffers, bars, call, scale2,
+    SEGMENTS: gl.constexpr, RING: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Own 64 query rows of each work item: attend, then write. With TURNS the consumers start their matmuls in turn."""
+    GROUPS: gl.constexpr = buffers.out.shape[0]
+    stage = 0
+    phase = 0
+    q_stage = 0
+    q_phase = 0
+    if TURNS and GROUP == GROUPS - 1:
+        named_arrive(TURN, 256)
+    for i in range(rounds(call)):
+        i_b, i_h, first_row, end = item(i, call, GROUPS * 64)
+        first, sinks, _start, held, low = keys_of(i_b, end, call, RING)
+        lengths = Lengths(end - first, sinks, held, low)
+        row = first_row + GROUP * 64
+        q_empty = bars.q_empty.index(q_stage)
+        mbarrier.wait(bars.q_full.index(q_stage), q_phase)
+        if row < end:
+            q = buffers.q.index(q_stage * GROUPS + GROUP)
+            acc, top, total, stage, phase = _attend(
+                q, lengths, scale2, buffers, bars, q_empty, stage, phase, SEGMENTS, TURNS, GROUP
+            )
+            _write(acc, top, total, i_b, i_h, row, end, buffers.out.index(GROUP), outputs, call)
+        else:
+            stage, phase = _sit_out(lengths, buffers, bars, q_empty, stage, phase, TURNS, GROUP)
+        q_stage, q_phase = advance(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
+    if TURNS and GROUP == 0:
+        named_sync(TURN, 256)
+    tma.store_wait(0)

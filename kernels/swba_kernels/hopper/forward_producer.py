@@ -1,0 +1,78 @@
+"""The producer of the Hopper forward: one warp's worth of work that copies tiles by TMA."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .compat import box, tma_load
+from .forward_shared import advance, item, keys_of, rounds
+
+
+class Inputs(NamedTuple):
+    """TMA descriptors over [B, H, N, D], and over [L, Hkv, S, D] for a ring of L lanes and S slots."""
+
+    q: Any
+    k: Any
+    v: Any
+    ring_k: Any
+    ring_v: Any
+
+
+@gluon.jit
+def _copy(k_desc, v_desc, i_b, i_h, start, length, buffers, bars, stage, phase):
+    """Copy the keys and values [start, start + length), last tile first.
+
+    That first one is the ragged one. It ends where the keys end and overlaps the second (or reaches below `start`).
+    """
+    STAGES: gl.constexpr = buffers.k.shape[0]
+    COLUMNS: gl.constexpr = buffers.k.shape[1]
+    D: gl.constexpr = buffers.k.shape[2]
+    tiles = (length + COLUMNS - 1) // COLUMNS
+    row = start + length - COLUMNS
+    for j in range(tiles):
+        k_full = bars.k_full.index(stage)
+        mbarrier.wait(bars.k_empty.index(stage), phase)
+        mbarrier.expect(k_full, COLUMNS * D * 2)
+        tma_load(k_desc, [i_b, i_h, row, 0], k_full, box(buffers.k.index(stage), COLUMNS, D))
+        v_full = bars.v_full.index(stage)
+        mbarrier.wait(bars.v_empty.index(stage), phase)
+        mbarrier.expect(v_full, COLUMNS * D * 2)
+        tma_load(v_desc, [i_b, i_h, row, 0], v_full, box(buffers.v.index(stage), COLUMNS, D))
+        row = start + (tiles - 2 - j) * COLUMNS
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def produce(inputs, buffers, bars, call, SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr):
+    """Copy, for each work item, its query tile and then its key and value tiles in the order consumers take them."""
+    GROUPS: gl.constexpr = buffers.out.shape[0]
+    D: gl.constexpr = buffers.out.shape[2]
+    stage = 0
+    phase = 1
+    q_stage = 0
+    q_phase = 1
+    for i in range(rounds(call)):
+        i_b, i_h, row, end = item(i, call, GROUPS * 64)
+        first, sinks, start, held, low = keys_of(i_b, end, call, RING)
+        q_full = bars.q_full.index(q_stage)
+        mbarrier.wait(bars.q_empty.index(q_stage), q_phase)
+        mbarrier.expect(q_full, GROUPS * 64 * D * 2)
+        for g in gl.static_range(GROUPS):
+            tma_load(inputs.q, [i_b, i_h, row + g * 64, 0], q_full, box(buffers.q.index(q_stage * GROUPS + g), 64, D))
+        q_stage, q_phase = advance(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
+        i_h = i_h // call.group
+        stage, phase = _copy(inputs.k, inputs.v, i_b, i_h, first, end - first, buffers, bars, stage, phase)
+        if SINKS:
+            stage, phase = _copy(inputs.k, inputs.v, i_b, i_h, 0, sinks, buffers, bars, stage, phase)
+        if RING:
+            if LANES:
+                i_b = gl.load(call.p_lanes + i_b).to(gl.int32)
+            for part in range(2):
+                at = start if part == 0 else 0
+                length = held if part == 0 else low
+                stage, phase = _copy(inputs.ring_k, inputs.ring_v, i_b, i_h, at, length, buffers, bars, stage, phase)
