@@ -56,13 +56,13 @@ def _item(table, sizes, i_round, BN: gl.constexpr, HAS_LANES: gl.constexpr):
     low = gl.load(p_item + 3)
     high = gl.load(p_item + 4)
     unit = gl.load(p_item + 5)
-    valid = gl.minimum(gl.load(p_valid + i_b.to(gl.int64) * stride_valid), slots)
+    valid = gl.minimum(gl.load(p_valid + i_b.to(gl.int64) * stride_valid), slots).to(gl.int32)
     if HAS_LANES:
         lane = gl.load(p_lanes + i_b.to(gl.int64) * stride_lanes).to(gl.int32)
     else:
         lane = i_b
     first, last = key_tiles_of_part(low, high, valid, slot_tiles, BN)
-    return i_b, lane, i_h, i_n, (last - first).to(gl.int32), (valid - last * BN).to(gl.int32), unit
+    return i_b, lane, i_h, i_n, last - first, valid - last * BN, unit
 
 
 @gluon.jit
@@ -227,9 +227,9 @@ def _consumer(
                     tma_store(out_desc, [i_b, i_h, i_n, 0], box(staged, 64, D))
                 else:
                     gl.store(p_part_lse + unit_rows + rows, lse)
-                    part_rows = unit_rows + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+                    part_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
                     columns = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
-                    gl.store(p_part + part_rows[:, None] * D + columns[None, :], acc)
+                    gl.store(p_part + unit_rows * D + (part_rows[:, None] * D + columns[None, :]), acc)
     if TURNS and ME == 0:
         named_sync(TURN, 256)
     tma.store_wait(0)

@@ -5,7 +5,8 @@ that one plan serves every filled length and every step of a CUDA graph. How a l
 capacities alone and is the same for every lane, whatever rows a call has: a lane's bits depend on nothing else. Only
 the assignment of the parts to CTAs sees the number of rows.
 
-B rows of the call, L ring lanes, W warpgroups of 64 query rows in a tile, C key tiles of a full ring.
+B rows of the call, L ring lanes, W warpgroups of 64 query rows in a tile, C key tiles of a full ring, at most
+MAX_FRACTIONS.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import NamedTuple
 from triton.experimental import gluon
 
 from .combine import MAX_PARTS
+
+MAX_FRACTIONS = 4096  # so that a fraction times the key tiles of a ring of 2^25 slots fits 32 bits, which divide fast
 
 
 @gluon.jit
@@ -198,7 +201,7 @@ def cost_of(plan: LanePlan, lanes: int, multiprocessors: int, head_dim: int) -> 
 def lane_plans(config: Config, heads: int, n: int, slots: int, lanes: int, multiprocessors: int) -> list[LanePlan]:
     """Return the plans worth comparing: all tiles whole, the last wave cut or the last two, every tile cut alike."""
     tiles = query_tiles(heads, n, config.warpgroups)
-    slot_tiles = -(-slots // config.key_tile)
+    slot_tiles = min(-(-slots // config.key_tile), MAX_FRACTIONS)
     ctas = multiprocessors * config.resident
     cuts = {(len(tiles), 0)}
     if config.warpgroups == 1:

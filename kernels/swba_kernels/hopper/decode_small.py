@@ -114,14 +114,14 @@ def decode_small(
     allow_dependents()
     mbarrier.expect(q_full, 64 * D * 2)
     tma_load(q_desc, [i_b, i_h, i_n, 0], q_full, box(q, 64, D))
-    valid = gl.minimum(gl.load(p_valid + i_b.to(gl.int64) * stride_valid), slots)
+    valid = gl.minimum(gl.load(p_valid + i_b.to(gl.int64) * stride_valid), slots).to(gl.int32)
     if HAS_LANES:
         lane = gl.load(p_lanes + i_b.to(gl.int64) * stride_lanes).to(gl.int32)
     else:
         lane = i_b
     first, last = key_tiles_of_part(i_split, i_split + 1, valid, splits, BN)
-    tiles = (last - first).to(gl.int32)
-    at = (lane, i_h // group, (valid - last * BN).to(gl.int32))
+    tiles = last - first
+    at = (lane, i_h // group, valid - last * BN)
     for i in gl.static_range(STAGES):
         _copy(k_desc, at, i, tiles, k_full, k_smem, BN, D, STAGES)
         _copy(v_desc, at, i, tiles, v_full, v_smem, BN, D, STAGES)
@@ -144,6 +144,6 @@ def decode_small(
             tma.store_wait(0)
         else:
             gl.store(p_part_lse + unit_rows + rows, lse)
-            part_rows = unit_rows + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+            part_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
             columns = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
-            gl.store(p_part + part_rows[:, None] * D + columns[None, :], acc)
+            gl.store(p_part + unit_rows * D + (part_rows[:, None] * D + columns[None, :]), acc)
