@@ -115,6 +115,7 @@ class StreamingEngine:
         given = read_conditioning(conditioning, self._names)
         try:
             block = self.cache.open(tokens.shape[1], chosen, prefill=True)
+            tokens = tokens.to(self.dtype)
             out = self._check_output(self._forward(tokens, block, given.tensors(self.device)), block).clone()
             self.cache.commit()
             return out
@@ -150,6 +151,7 @@ class StreamingEngine:
             if self._graphs is not None:
                 out = self._graphs.run(block, tokens, given, commit)
             else:
+                tokens = tokens.to(self.dtype)
                 out = self._forward(tokens, self.cache.bind(block), given.tensors(self.device)).clone()
             self._check_output(out, block)
             if commit and self._graphs is None:
@@ -262,7 +264,7 @@ class StreamingEngine:
             raise StreamStateError(f"tokens: expected a tensor on {self.device}, got {tokens.device}")
         if self.check_finite and not bool(torch.isfinite(tokens).all()):
             raise NumericsError("tokens: expected finite numbers, got NaN or infinity")
-        return tokens.detach().to(self.dtype)
+        return tokens.detach()
 
     def _check_output(self, out: Tensor, block: Block) -> Tensor:
         if self.check_finite and not bool(torch.isfinite(out).all()):

@@ -6,7 +6,7 @@ F frames, H height, W width, N tokens, C channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
@@ -106,6 +106,8 @@ class VideoGenerator:
         sampler = parse_part(FlowSampler, config, "sampler")
         given = {"steps": steps, "context_noise": context_noise}
         sampler = replace(sampler, **{name: value for name, value in given.items() if value is not None})
+        # As the convolutions' inputs come; otherwise each call copies its weights.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
             compile_layers(model)
         return cls(
@@ -234,7 +236,7 @@ class VideoGenerator:
         lanes = None if engine.lanes == 1 else [lane]
         shape = (1, len(actions) * self._stream.tokens_per_frame, self._size.token_channels)
         key = (self._seed[lane], lane, self.position[lane])
-        action = torch.tensor([actions], device=engine.device)
+        action = torch.tensor([actions]).to(engine.device, non_blocking=True)
         times = sampler.times()
         x = sampler.noise(*key, 0, shape, engine.device)
         try:
@@ -242,10 +244,11 @@ class VideoGenerator:
                 clean = engine.step(x, commit=False, lanes=lanes, timestep=t, action=action).float()
                 x = sampler.advance(x, clean, t, s)
             x = x.clamp(-1, 1)
+            frames = _fetch(unpatchify(x, self.height, self.width, self._size.patch, self._size.channels)[0])
             engine.step(self._blur(x, key, sampler.steps), lanes=lanes, timestep=sampler.context_noise, action=action)
         except NumericsError as error:
             raise NumericsError(f"frame {self.position[lane]}: {error}") from error
-        return unpatchify(x, self.height, self.width, self._size.patch, self._size.channels)[0].cpu().numpy()
+        return frames()
 
     def _prefill(self, context: Tensor, actions: Tensor, lane: int, seed: int) -> None:
         """Start a lane afresh from context frames; on failure the lane is as it was."""
@@ -265,8 +268,9 @@ class VideoGenerator:
     def _blur(self, clean: Tensor, key: tuple[int, int, int], step: int) -> Tensor:
         """Bring clean tokens to the noise level at which this model reads its history."""
         level = self.sampler.context_noise
-        noise = self.sampler.noise(*key, step, clean.shape, clean.device) if level else clean
-        return torch.lerp(clean, noise, level)
+        if not level:
+            return clean
+        return torch.lerp(clean, self.sampler.noise(*key, step, clean.shape, clean.device), level)
 
     def _block_frames(self, lane: int) -> int:
         if self._stream.first_block_frames and self.engine.position[lane] == 0:
@@ -304,6 +308,24 @@ class VideoGenerator:
             limit = "at least 0" if below is None else f"in 0 to {below - 1}"
             raise ConfigError(f"{name}: expected an int {limit}, got {value!r}")
         return value
+
+
+def _fetch(frames: Tensor) -> Callable[[], np.ndarray]:
+    """Start to copy frames to the host; what is returned waits for that copy, but not for later work on the device.
+
+    So the commit of a block runs on the device while its frames are looked at and the next step is prepared.
+    """
+    host = frames.to("cpu", non_blocking=True)
+    if not frames.is_cuda:
+        return host.numpy
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(frames.device))
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy().copy()  # `host` is pinned, and is not for a caller to keep
+
+    return wait
 
 
 def _plain_actions(name: str, actions: Iterable[int | str] | Tensor) -> Iterable[int | str]:

@@ -48,7 +48,7 @@ class StepGraphs:
     into static buffers; what is returned is a copy.
 
     Args:
-        cache: the ring cache that the forward attends to.
+        cache: the ring cache that the forward attends to; tokens are copied in with its dtype.
         forward: runs the model on tokens, an open block and conditioning tensors; called during capture only.
     """
 
@@ -102,7 +102,7 @@ class StepGraphs:
     def _capture(self, block: Block, tokens: Tensor, conditioning: Conditioning, commit: bool) -> _CapturedStep:
         device = self._cache.device
         with torch.inference_mode(False):
-            static_tokens = tokens.detach().clone()
+            static_tokens = tokens.to(self._cache.dtype, copy=True)
             index = None if block.lanes is None else self._cache.lane_index(block.lanes).clone()
             values = {
                 name: value.detach().to(device, copy=True)

@@ -61,6 +61,29 @@ def test_a_step_on_the_gpu_gives_what_the_cpu_gives():
     torch.testing.assert_close(*outputs, atol=2e-3, rtol=2e-3)
 
 
+def test_a_stream_waits_for_nothing_but_its_frames():
+    """Waiting for the event behind a frame's copy is allowed, waiting for the whole stream is not."""
+    stream = generator().stream(actions=itertools.cycle(WALK))
+    for _ in range(4):
+        next(stream)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        frames = [next(stream) for _ in range(8)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len({frame.tobytes() for frame in frames}) == len(frames)
+
+
+def test_a_frame_is_not_overwritten_by_later_ones():
+    stream = generator().stream(actions=itertools.cycle(WALK))
+    first = next(stream)
+    before = first.copy()
+    for _ in range(10):
+        next(stream)
+    np.testing.assert_array_equal(first, before)
+
+
 def test_a_long_stream_reserves_no_more_memory():
     stream = generator().stream(actions=itertools.cycle(WALK))
     for _ in range(20):
