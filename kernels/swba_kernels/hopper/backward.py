@@ -16,11 +16,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
-from .backward_shared import row_box_layout
+from .backward_shared import ROW_COPIES, row_box_layout
 from .launch import _Base, descriptor
 from .supports import tma_strides
 
 LOG2E = 1.4426950408889634
+COPIES = ROW_COPIES.value
 
 
 class Walk(NamedTuple):
@@ -47,15 +48,18 @@ CONFIGS = {
 
 
 @triton.jit(
-    do_not_specialize=["s_ob", "s_oh", "s_on", "s_gb", "s_gh", "s_gn", "heads", "n", "terms_stride", "tiles"]
+    do_not_specialize=[
+        "s_ob", "s_oh", "s_on", "s_gb", "s_gh", "s_gn", "heads", "n", "terms_stride", "copy_stride", "tiles",
+    ]
 )  # fmt: skip
 def row_terms_kernel(
-    p_out, p_grad, p_lse, p_lse2, p_delta, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, heads, n, terms_stride, tiles,
-    D: tl.constexpr, ROWS: tl.constexpr,
+    p_out, p_grad, p_lse, p_lse2, p_delta, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, heads, n, terms_stride,
+    copy_stride, tiles, D: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """Write the log-sum-exp in base 2 and delta = sum(out * dout) of each row; strides count 8 elements.
 
-    A row without a finite log-sum-exp gets (inf, 0), which makes its probabilities and gradients zero.
+    A row without a finite log-sum-exp gets (inf, 0), which makes its probabilities and gradients zero. Copy i of the
+    terms holds row r at r - i: TMA boxes start at multiples of 16 bytes, and so one of them starts at any row.
     """
     pid = tl.program_id(0)
     i_bh = pid // tiles
@@ -71,19 +75,24 @@ def row_terms_kernel(
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     infinite = tl.abs(lse) == float("inf")
     at = i_bh.to(tl.int64) * terms_stride + rows
-    tl.store(p_lse2 + at, tl.where(infinite, float("inf"), lse * 1.4426950408889634), mask=inside)
-    tl.store(p_delta + at, tl.where(infinite, 0.0, delta), mask=inside)
+    lse2 = tl.where(infinite, float("inf"), lse * 1.4426950408889634)
+    delta = tl.where(infinite, 0.0, delta)
+    for i in tl.static_range(COPIES):
+        shifted = at - i + i * copy_stride.to(tl.int64)
+        tl.store(p_lse2 + shifted, lse2, mask=inside & (rows >= i))
+        tl.store(p_delta + shifted, delta, mask=inside & (rows >= i))
 
 
 def row_terms(out: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (log-sum-exp in base 2, delta), each [B * H, N], as views of rows that start at multiples of 16 bytes."""
+    """Return (log-sum-exp in base 2, delta), each [COPIES * B * H, N]; rows start at multiples of 16 bytes."""
     batch, heads, n, head_dim = out.shape
-    terms = torch.empty(2, batch * heads, -(-n // 4) * 4, dtype=torch.float32, device=out.device)
+    terms = torch.empty(2, COPIES * batch * heads, -(-n // COPIES) * COPIES, dtype=torch.float32, device=out.device)
     rows = 64
     tiles = triton.cdiv(n, rows)
     row_terms_kernel[(tiles * batch * heads,)](
         out, dout, lse, terms[0], terms[1], *(s // 8 for s in (*out.stride()[:3], *dout.stride()[:3])),
-        heads, n, terms.shape[2], tiles, D=head_dim, ROWS=rows, num_warps=4,
+        heads, n, terms.shape[2], batch * heads * terms.shape[2], tiles,
+        D=head_dim, ROWS=rows, COPIES=COPIES, num_warps=4,
     )  # fmt: skip
     return terms[0, :, :n], terms[1, :, :n]
 

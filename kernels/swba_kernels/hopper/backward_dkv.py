@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_ranges import latest_row, queries_of, query_walk
-from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
+from .backward_shared import LN2, counting, load_row_terms, next_stage, row_box, row_terms, store_tile
 from .compat import box, tma_load
 
 
@@ -43,6 +43,7 @@ def _produce(inputs, buffers, barriers, pattern, shape):
     i_b, i_h, first = _key_tile(heads // group, tiles, WARPGROUPS)
     start, stop, _, _ = query_walk(first, pattern, WARPGROUPS * 64)
     latest = latest_row(stop, pattern, BLOCK_M)
+    all_heads = gl.num_programs(0) // tiles * group
     mbarrier.expect(keys_full, 2 * WARPGROUPS * 64 * D * 2)
     for w in gl.static_range(WARPGROUPS):
         tma_load(k_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(k_smem.index(w), 64, D))
@@ -57,8 +58,8 @@ def _produce(inputs, buffers, barriers, pattern, shape):
             mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
             tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
             tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
-            tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
-            tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
+            load_row_terms(lse_desc, i_b * heads + i_head, all_heads, row, ready, lse_smem.index(stage))
+            load_row_terms(delta_desc, i_b * heads + i_head, all_heads, row, ready, delta_smem.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
 
 

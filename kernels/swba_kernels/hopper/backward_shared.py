@@ -6,9 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from .compat import box, cta_barrier, tma_store, view
+from .compat import box, cta_barrier, tma_load, tma_store, view
 
 LN2 = gl.constexpr(0.6931471805599453)
+ROW_COPIES = gl.constexpr(4)  # float32 numbers in the 16 bytes at whose multiples a TMA box may start
 
 
 def row_box_layout() -> gl.NVMMASharedLayout:
@@ -27,6 +28,13 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
         stage = 0
         phase ^= 1
     return stage, phase
+
+
+@gluon.jit
+def load_row_terms(desc, i_head, heads, row, full, buffer):
+    """Copy the terms of the rows from `row` on, of head i_head of all `heads` of the batch, into a box [1, ROWS]."""
+    copy = row % ROW_COPIES
+    tma_load(desc, [copy * heads + i_head, row - copy], full, buffer)
 
 
 @gluon.jit
