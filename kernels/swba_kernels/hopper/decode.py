@@ -59,8 +59,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Attend from every query of row b to slots [0, valid[b]) of ring lane lanes[b].
 
-    Slots past `valid` are never read. A row's result depends on its own numbers and on the shapes of q[b] and of the
-    ring, not on the other rows: its bits are the same in any call.
+    Slots past `valid` are never read. The bits of a row's result depend on its own numbers, the shape and layout of
+    q[b] and the shape of the ring, not on the other rows of the call.
 
     Args:
         q: [B, H, N, D], float16 or bfloat16, D 64 or 128, strides multiples of 8 elements.
@@ -92,7 +92,7 @@ def decode(
 
 def _groups_adjoin(x: Tensor) -> bool:
     """Tell whether the rows of neighbouring heads follow each other, so that a group's may share tiles."""
-    return x.stride(1) == x.shape[2] * x.stride(2)
+    return x.shape[2] == 1 or x.stride(1) == x.shape[2] * x.stride(2)
 
 
 def _decode(
