@@ -71,7 +71,9 @@ class Graphs:
     def run(self, block, tokens, conditioning, commit) -> Tensor:
         self.signatures.append(step_signature(block, tokens, conditioning, commit))
         engine = self.engine
-        out = engine._forward(tokens.to(engine.dtype), engine.cache.bind(block), conditioning.tensors(engine.device)).clone()
+        out = engine._forward(
+            tokens.to(engine.dtype), engine.cache.bind(block), conditioning.tensors(engine.device)
+        ).clone()
         if commit:
             engine.cache.advance_device(block)
         return out
