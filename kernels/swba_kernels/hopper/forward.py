@@ -27,15 +27,15 @@ from .launch import descriptor, multiprocessors
 
 @gluon.jit(
     do_not_specialize=[
-        "s_ob", "s_oh", "s_on", "scale2", "heads", "group", "batch_heads", "n", "block_size", "window", "sink",
-        "grid_start", "slots", "blocks", "per_block", "last_tiles", "heavy", "light", "full", "rest",
+        "s_ob", "s_oh", "s_on", "scale2", "heads", "group", "n", "block_size", "window", "sink", "grid_start",
+        "ring_window", "heavy_items", "group_items", "last", "per_block", "lacking", "heavy", "light", "full", "rest",
     ],
     do_not_specialize_on_alignment=["p_position", "p_lanes"],
 )  # fmt: skip
 def _forward(
     q_desc, k_desc, v_desc, out_desc, ring_k_desc, ring_v_desc, p_out, p_lse, p_position, p_lanes, s_ob, s_oh, s_on,
-    scale2, heads, group, batch_heads, n, block_size, window, sink, grid_start, slots,
-    blocks, per_block, last_tiles, heavy, light, full, rest,
+    scale2, heads, group, n, block_size, window, sink, grid_start, ring_window,
+    heavy_items, group_items, last, per_block, lacking, heavy, light, full, rest,
     GROUPS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, TURNS: gl.constexpr, SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
@@ -66,8 +66,8 @@ def _forward(
     buffers = Buffers(q_smem, k_smem, v_smem, out_smem)
     bars = Bars(q_full, q_empty, k_full, k_empty, v_full, v_empty)
     call = Call(
-        heads, group, batch_heads, n, block_size, window, sink, grid_start, slots, p_position, p_lanes,
-        blocks, per_block, last_tiles, heavy, light, full, rest,
+        heads, group, n, block_size, window, sink, grid_start, ring_window, p_position, p_lanes,
+        heavy_items, group_items, last, per_block, lacking, heavy, light, full, rest,
     )  # fmt: skip
     SEGMENTS: gl.constexpr = 4 if RING else (2 if SINKS else 1)
     # Constants cannot sit in a tuple bound to a name, so the argument lists are spelled out.
@@ -113,10 +113,10 @@ CONFIGS = {
 
 
 @lru_cache(maxsize=1024)
-def choose_config(head_dim: int, block_size: int) -> Config:
+def choose_config(head_dim: int, block_size: int, ring: bool) -> Config:
     """Return the configuration for a head dim and the tokens of a block."""
     best, *others = CONFIGS[head_dim]
-    for other in others:
+    for other in () if ring else others:  # on top of a ring, four consumers would be short of registers
         # The first one is about 7% faster a row when neither pads the block to whole tiles.
         if _padded(block_size, other) < 0.935 * _padded(block_size, best):
             best = other
@@ -164,7 +164,7 @@ def forward(
         return out, lse
     if ring is None and window + sink >= n:
         window, sink = n, 0
-    config = config or choose_config(head_dim, min(block_size, n))
+    config = config or choose_config(head_dim, min(block_size, n), ring is not None)
     weighed = (window, sink) if ring is None else (0, 0)
     plan = plan_forward(n, block_size, *weighed, grid_start, config.groups * 64)
     ring_k, ring_v = (k, v) if ring is None else (ring.k, ring.v)
@@ -176,8 +176,8 @@ def forward(
         descriptor(q, 64), descriptor(k, config.columns), descriptor(v, config.columns), descriptor(out, 64),
         descriptor(ring_k, config.columns), descriptor(ring_v, config.columns),
         out, lse, position, lanes, *out.stride()[:3], max(scale * LOG2E, 1e-30),
-        heads, heads // k.shape[1], batch * heads, n, block_size, window, sink, grid_start, ring_k.shape[2],
-        *plan, items // ctas, items % ctas,
+        heads, heads // k.shape[1], n, block_size, window, sink, grid_start, ring_k.shape[2] - sink,
+        batch * heads * plan.heavy, batch * heads * plan.per_block, *plan, items // ctas, items % ctas,
         GROUPS=config.groups, COLUMNS=config.columns, D=head_dim, STAGES=config.stages, Q_STAGES=config.q_stages,
         REGISTERS=config.registers, TURNS=config.turns,
         SINKS=sink > 0, RING=ring is not None, LANES=ring is not None and ring.lanes is not None, num_warps=4,

@@ -16,15 +16,15 @@ from triton.experimental import gluon
 
 
 class Plan(NamedTuple):
-    """How a head is cut: `blocks` blocks of `per_block` tiles (fewer in the first, `last_tiles` in the last).
+    """How a head is cut: blocks 0 .. `last` of `per_block` tiles, of which the last block lacks `lacking`.
 
-    Counted from the end of the sequence, the first `heavy` tiles of a head see a full window and so cost the same; the
-    `light` ones after them see less and less.
+    (The first block may have fewer, too.) Counted from the end of the sequence, the first `heavy` tiles of a head see a
+    full window and so cost the same; the `light` ones after them see less and less.
     """
 
-    blocks: int
+    last: int
     per_block: int
-    last_tiles: int
+    lacking: int
     heavy: int
     light: int
 
@@ -37,47 +37,42 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def plan_forward(n: int, block_size: int, window: int, sink: int, grid_start: int, rows: int) -> Plan:
     """Cut `n` tokens; `grid_start` <= 0 is where the block grid starts, `rows` the height of a tile."""
-    blocks = -(-(n - grid_start) // block_size)
-    starts = [max(grid_start, 0), max(grid_start + (blocks - 1) * block_size, 0)]
-    first_tiles = -(-(min(grid_start + block_size, n) - starts[0]) // rows)
-    last_tiles = -(-(n - starts[1]) // rows)
+    last = -(-(n - grid_start) // block_size) - 1
     per_block = -(-min(block_size, n) // rows)
-    tiles = last_tiles if blocks == 1 else first_tiles + (blocks - 2) * per_block + last_tiles
+    first_tiles = -(-min(grid_start + block_size, n) // rows)
+    last_tiles = -(-(n - max(grid_start + last * block_size, 0)) // rows)
+    tiles = last_tiles if last == 0 else first_tiles + (last - 1) * per_block + last_tiles
     # Block i ends at grid_start + (i + 1) * block_size; from `full` on, blocks see window + sink keys.
     full = max(0, -(-(window + sink - grid_start) // block_size) - 1)
-    if full >= blocks:
+    if full > last:
         heavy = 0
     elif full == 0:
         heavy = tiles
     else:
-        heavy = last_tiles + (blocks - 1 - full) * per_block
-    return Plan(blocks, per_block, last_tiles, heavy, tiles - heavy)
+        heavy = last_tiles + (last - full) * per_block
+    return Plan(last, per_block, per_block - last_tiles, heavy, tiles - heavy)
 
 
 @gluon.jit
-def place_of(item, heads, blocks, per_block, last_tiles, heavy, light):
-    """Return (head, block, tile in block) of work item `item` of `heads * (heavy + light)`, heaviest first.
+def place_of(item, heavy_items, group_items, last, per_block, lacking, heavy, light):
+    """Return (head, block, tile in block) of a work item, heaviest first.
 
-    Heavy tiles go head by head: CTAs that run side by side then share keys in L2. The light ones go block by block over
-    all heads, latest block first, so that the last wave is of short items.
+    The `heavy_items` heavy tiles go head by head: CTAs that run side by side then share keys in L2. The light ones go
+    block by block (`group_items` tiles in a block of all heads), so that the last wave is of short items.
     """
-    if item < heads * heavy:
+    if item < heavy_items:
         head = item // heavy
         place = item % heavy
     else:
-        rest = item - heads * heavy
-        group = rest // (heads * per_block)
-        rest = rest - group * heads * per_block
+        rest = item - heavy_items
+        group = rest // group_items
+        rest = rest - group * group_items
         size = min(per_block, light - group * per_block)
         head = rest // size
         place = heavy + group * per_block + rest % size
-    if place < last_tiles:
-        block = blocks - 1
-        tile = place
-    else:
-        block = blocks - 2 - (place - last_tiles) // per_block
-        tile = (place - last_tiles) % per_block
-    return head, block, tile
+    place = place + lacking
+    tile = place % per_block - (lacking if place < per_block else 0)
+    return head, last - place // per_block, tile
 
 
 @gluon.jit
@@ -88,16 +83,15 @@ def rows_of(block, tile, n, block_size, grid_start, rows):
 
 
 @gluon.jit
-def rounds_of(full, rest, cta, ctas):
+def rounds_of(full, rest, cta):
     """Return how many work items a CTA has: one in each of `full` rounds, and perhaps one of the `rest`."""
-    turn = ctas - 1 - cta if full % 2 == 1 else cta
-    return full + (1 if turn < rest else 0)
+    return full + (1 if cta < rest else 0)
 
 
 @gluon.jit
-def item_of(i, cta, ctas):
-    """Return the i-th work item of a CTA. Even rounds go up and odd ones down, which evens out falling weights."""
-    turn = ctas - 1 - cta if i % 2 == 1 else cta
+def item_of(i, full, cta, ctas):
+    """Return the i-th work item of a CTA. Rounds go up and down by turns, which evens out falling weights."""
+    turn = ctas - 1 - cta if (full - i) % 2 == 1 else cta
     return i * ctas + turn
 
 
@@ -110,14 +104,15 @@ def own_keys(end, window, sink):
 
 
 @gluon.jit
-def ring_keys(position, end, window, sink, slots):
+def ring_keys(filled, turn, end, window, sink, ring_window):
     """Return (start, count, low) of a ring's visible slots: [start, start + count) and [0, low).
 
-    The block ends `end` tokens after `position`, the number of tokens the ring has seen. All sinks in the ring are
-    visible; of the rest, what the window still reaches. Where that wraps around, its second part continues the sinks.
+    The block ends `end` tokens after the newest one in the ring, which has `ring_window` slots besides the sinks. The
+    ring has seen `filled` tokens (or more, if full), and the next one that is no sink goes to slot sink + `turn`. All
+    sinks are visible; of the rest, what the window still reaches. If that wraps around, its newer part continues them.
     """
-    oldest = max(position + end - window, sink)
-    count = max(position - oldest, 0)
-    start = sink + (oldest - sink) % (slots - sink)
-    wrapped = max(start + count - slots, 0)
-    return start, count - wrapped, min(sink, position) + wrapped
+    held = max(min(window - end, filled - sink), 0)
+    sinks = min(sink, filled)
+    wraps = turn < held
+    start = sink + turn - held + (ring_window if wraps else 0)
+    return start, held - (turn if wraps else 0), sinks + (turn if wraps else 0)

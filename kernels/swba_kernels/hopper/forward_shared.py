@@ -38,18 +38,19 @@ class Call(NamedTuple):
 
     heads: Any
     group: Any  # query heads that read one key/value head
-    batch_heads: Any
     n: Any
     block_size: Any
     window: Any
     sink: Any
     grid_start: Any
-    slots: Any
+    ring_window: Any  # slots of a ring that are no sinks
     p_position: Any
     p_lanes: Any
-    blocks: Any
+    heavy_items: Any
+    group_items: Any
+    last: Any
     per_block: Any
-    last_tiles: Any
+    lacking: Any
     heavy: Any
     light: Any
     full: Any  # rounds in which every CTA has a work item
@@ -69,15 +70,15 @@ def advance(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def rounds(call):
     """Return the number of this CTA's work items."""
-    return rounds_of(call.full, call.rest, gl.program_id(0), gl.num_programs(0))
+    return rounds_of(call.full, call.rest, gl.program_id(0))
 
 
 @gluon.jit
 def item(i, call, ROWS: gl.constexpr):
     """Return (row of the batch, head, first query row, end of its block) of this CTA's i-th work item."""
-    at = item_of(i, gl.program_id(0), gl.num_programs(0))
+    at = item_of(i, call.full, gl.program_id(0), gl.num_programs(0))
     head, block, tile = place_of(
-        at, call.batch_heads, call.blocks, call.per_block, call.last_tiles, call.heavy, call.light
+        at, call.heavy_items, call.group_items, call.last, call.per_block, call.lacking, call.heavy, call.light
     )
     first, end = rows_of(block, tile, call.n, call.block_size, call.grid_start, ROWS)
     return head // call.heads, head % call.heads, first, end
@@ -88,9 +89,13 @@ def keys_of(i_b, end, call, RING: gl.constexpr):
     """Return what a block sees: own keys [first, end) and [0, sinks), slots [start, start + held) and [0, low)."""
     if RING:
         position = gl.load(call.p_position + i_b)
-        start, held, low = ring_keys(position, end, call.window, call.sink, call.slots)
-        first, sinks = own_keys(end, call.window, max(call.sink - position, 0).to(gl.int32))
-        return first, sinks, start.to(gl.int32), held.to(gl.int32), low.to(gl.int32)
+        filled = min(position, 1 << 30).to(gl.int32)
+        # Unsigned, because the sign words of 64-bit operands would take registers. Before the ring holds more than
+        # sinks the difference wraps around, and `turn` is of no account.
+        turn = (position.to(gl.uint64) - call.sink.to(gl.uint32)) % call.ring_window.to(gl.uint32)
+        start, held, low = ring_keys(filled, turn.to(gl.int32), end, call.window, call.sink, call.ring_window)
+        first, sinks = own_keys(end, call.window, max(call.sink - filled, 0))
+        return first, sinks, start, held, low
     else:
         first, sinks = own_keys(end, call.window, call.sink)
         return first, sinks, 0, 0, 0
