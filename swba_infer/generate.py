@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
         default="demo",
-        help="frames that come before: a video, an image, a directory of images, demo (recorded frames that ship with "
-        "the model) or none (default: %(default)s)",
+        help="frames that come before: a video, an image, a directory of images (of these as many of the last as can "
+        "matter), demo (recorded frames that ship with the model) or none (default: %(default)s)",
     )
     parser.add_argument("--resize", choices=RESIZE, help="resize context of another size (default: refuse it)")
     parser.add_argument(
@@ -131,7 +131,7 @@ def _context(
                 "--context takes a video, images or none"
             )
         return load_context(directory)
-    frames = read_frames(args.context)
+    frames = read_frames(args.context, limit=generator.context_frames)
     if args.resize and frames.shape[1:3] != (generator.height, generator.width):
         frames = resize_frames(frames, generator.height, generator.width, args.resize)
     if frames.shape[1:3] != (generator.height, generator.width):

@@ -127,6 +127,18 @@ class VideoGenerator:
         """Frames in each lane's history, context included."""
         return tuple(tokens // self._stream.tokens_per_frame for tokens in self.engine.position)
 
+    @property
+    def context_frames(self) -> int | None:
+        """How many of the last context frames can matter to what follows, in whole blocks; None with sinks: all.
+
+        A frame's keys carry what its own window showed, so each layer reaches one window further back.
+        """
+        stream = self._stream
+        if stream.sink_frames:
+            return None
+        blocks = -(-self._size.depth * stream.window_frames // stream.frames_per_block)
+        return stream.first_block_frames + blocks * stream.frames_per_block
+
     def stream(
         self,
         context: np.ndarray | Tensor | None = None,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
@@ -32,7 +33,7 @@ def read_frames(
 
     Args:
         source: a video, an image, a directory of images (in name order), or a list of images.
-        limit: keep only the last `limit` frames.
+        limit: keep only the last `limit` frames; no more are held at a time, however long the video.
 
     Raises:
         ConfigError: nothing there, no frames in it, not decodable, or images of different sizes.
@@ -46,14 +47,13 @@ def read_frames(
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             paths = [path]
         else:
-            return _last(_decode(path, limit), limit, path)
+            return _stack(_decode(path, limit), path)
     else:
         paths = [Path(p) for p in source]
-    images = [_read_image(p) for p in (paths if limit is None else paths[-limit:])]
-    sizes = {image.shape[:2] for image in images}
+    sizes = {_image_size(p) for p in paths}
     if len(sizes) > 1:
         raise ConfigError(f"context: expected images of one size, got {sorted(sizes)} (height, width)")
-    return _last(images, limit, source)
+    return _stack([_read_image(p) for p in (paths if limit is None else paths[-limit:])], source)
 
 
 def resize_frames(frames: np.ndarray, height: int, width: int, method: str = "area") -> np.ndarray:
@@ -191,30 +191,39 @@ def require(module: str) -> Any:
         raise ConfigError(f"{module.split('.')[0]} is needed for video files: pip install swba-infer[video]") from error
 
 
-def _read_image(path: Path) -> np.ndarray:
+@contextmanager
+def _opened_image(path: Path) -> Iterator[Any]:
     image = require("PIL.Image")
     try:
         with image.open(path) as opened:
-            return np.asarray(opened.convert("RGB"))
+            yield opened
     except OSError as error:
         raise ConfigError(f"context: expected a readable image, got {path}: {error}") from error
 
 
+def _image_size(path: Path) -> tuple[int, int]:
+    """Return height and width from the header; the pixels are not read."""
+    with _opened_image(path) as opened:
+        return opened.height, opened.width
+
+
+def _read_image(path: Path) -> np.ndarray:
+    with _opened_image(path) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
 def _decode(path: Path, limit: int | None) -> list[np.ndarray]:
     av = require("av")
-    frames: list[np.ndarray] = []
     try:
         with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                frames.append(frame.to_ndarray(format="rgb24"))
-                if limit is not None and len(frames) > limit:
-                    del frames[0]
+            kept = deque(container.decode(video=0), maxlen=limit)
+            frames = [frame.to_ndarray(format="rgb24") for frame in kept]
     except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise ConfigError(f"context: expected a readable video, got {path}: {error}") from error
     return frames
 
 
-def _last(frames: list[np.ndarray], limit: int | None, source: Any) -> np.ndarray:
+def _stack(frames: list[np.ndarray], source: Any) -> np.ndarray:
     if not frames:
         raise ConfigError(f"context: expected at least one frame, got none in {source}")
-    return np.stack(frames if limit is None else frames[-limit:])
+    return np.stack(frames)

@@ -247,6 +247,23 @@ def test_reset_starts_over(context):
     np.testing.assert_array_equal(collect(made.stream(actions=WALK)), first)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"frames_per_block": 2, "first_block_frames": 1}])
+def test_context_frames_before_those_that_can_matter_do_not(sizes):
+    made = generator(tiny_stream(**sizes))
+    count = made.context_frames
+    frames = np.random.default_rng(0).integers(0, 256, (count + 4, SIZE.height, SIZE.width, 3), dtype=np.uint8)
+    base = collect(made.stream(frames, actions=WALK))
+    earlier, recent = frames.copy(), frames.copy()
+    earlier[:-count] = 0
+    recent[-2] = 0
+    np.testing.assert_array_equal(collect(made.stream(earlier, actions=WALK)), base)
+    assert (collect(made.stream(recent, actions=WALK)) != base).any()
+
+
+def test_with_sinks_every_context_frame_counts():
+    assert generator(tiny_stream(sink_frames=1)).context_frames is None
+
+
 def test_context_is_seen_as_pixels(context):
     tokens = patchify(torch.from_numpy(context)[None], SIZE.patch)
     np.testing.assert_array_equal(unpatchify(tokens, SIZE.height, SIZE.width, SIZE.patch)[0].numpy(), context)

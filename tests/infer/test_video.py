@@ -138,6 +138,21 @@ def test_images_and_directories_read_in_name_order(tmp_path, frames):
     np.testing.assert_array_equal(read_frames([tmp_path / "2.png", tmp_path / "0.png"]), stack[[2, 0]])
 
 
+def test_the_last_frames_of_a_video_are_those_of_the_whole(tmp_path, frames):
+    write(tmp_path / "a.mp4", frames)
+    whole = read_frames(tmp_path / "a.mp4")
+    np.testing.assert_array_equal(read_frames(tmp_path / "a.mp4", limit=3), whole[-3:])
+    np.testing.assert_array_equal(read_frames(tmp_path / "a.mp4", limit=len(whole) + 1), whole)
+
+
+def test_an_image_of_another_size_is_refused_among_those_that_are_not_needed(tmp_path, frames):
+    contact_sheet(frames[:2], 2, tmp_path / "0.png")
+    for i in (1, 2):
+        contact_sheet(frames[:1], 1, tmp_path / f"{i}.png")
+    with pytest.raises(ConfigError, match="one size"):
+        read_frames(tmp_path, limit=2)
+
+
 def test_unreadable_context_is_a_clear_error(tmp_path, frames):
     with pytest.raises(ConfigError, match="no such file"):
         read_frames(tmp_path / "none.mp4")
