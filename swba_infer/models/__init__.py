@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from .video_dit import VideoDiT, VideoDiTConfig
+from .wan import WanTransformer
+from .wan_config import WanConfig
 
-__all__ = ["VideoDiT", "VideoDiTConfig"]
+__all__ = ["VideoDiT", "VideoDiTConfig", "WanConfig", "WanTransformer"]
