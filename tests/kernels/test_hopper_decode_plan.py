@@ -45,15 +45,18 @@ def slots_of_item(low: int, high: int, valid: int, slot_tiles: int, key_tile: in
     return tiles
 
 
+def walk(table: Table) -> list[tuple[int, ...]]:
+    """Return the items that each CTA takes: as many of its column as the first one says."""
+    taken = [range(cta, cta + table.items[cta][6] * table.ctas, table.ctas) for cta in range(table.ctas)]
+    return [table.items[i][:6] for column in taken for i in column]
+
+
 def work(plan: LanePlan, table: Table, valid: list[int], n: int) -> dict[tuple[int, int, int], list]:
     """Return (unit, slots) of every item for (row, head, 64 query rows), as the persistent kernel sees them."""
     found = defaultdict(list)
-    for item in table.items:
-        b, head, first, low, high, unit, *_ = item
+    for b, head, first, low, high, unit in walk(table):
         slots = slots_of_item(low, high, valid[b], plan.slot_tiles, plan.config.key_tile)
-        if low == high:
-            assert unit == -1
-            continue
+        assert low < high
         for w in range(plan.config.warpgroups):
             if first + 64 * w < n:
                 found[b, head, first + 64 * w].append((unit + w if unit >= 0 else -1, slots))
@@ -111,9 +114,8 @@ def test_a_lane_is_cut_and_merged_alike_in_every_call(shape) -> None:
         """Return, for each row of a call, the fractions of each tile in the order of the merge."""
         table = table_of(plan, rows, n, sms)
         cuts = [defaultdict(list) for _ in range(rows)]
-        for b, head, first, low, high, unit, *_ in table.items:
-            if low < high:
-                cuts[b][head, first].append((unit, low, high))
+        for b, head, first, low, high, unit in walk(table):
+            cuts[b][head, first].append((unit, low, high))
         return [{key: [part[1:] for part in sorted(x)] for key, x in row.items()} for row in cuts]
 
     alone = cuts_of(1)[0]
@@ -143,7 +145,7 @@ def test_the_plan_keeps_the_multiprocessors_busy(head_dim, heads, n, slots, lane
     table = table_of(plan, lanes, n, 132)
     weight = {(tile.head, tile.first): tile.weight for tile in plan.tiles}
     for i, (_, head, first, low, high, *_) in enumerate(table.items):
-        loads[i % table.ctas] += weight[head, first] * (high - low) if low < high else 0
+        loads[i % table.ctas] += weight[head, first] * (high - low)
     assert sum(loads.values()) / 132 / plan.config.resident >= busy * max(loads.values())
 
 
@@ -186,7 +188,7 @@ def test_merged_parts_equal_attention(config, valid, seed) -> None:
     part = torch.full((table.units * 64, d), float("nan"), dtype=torch.float64)
     part_lse = torch.full((table.units * 64,), float("nan"), dtype=torch.float64)
     out = torch.full((2, n, d), float("nan"), dtype=torch.float64)
-    for _, head, first, low, high, unit, *_ in table.items:
+    for _, head, first, low, high, unit in walk(table):
         tiles = slots_of_item(low, high, valid, plan.slot_tiles, config.key_tile)
         seen = [s for tile in tiles for s in tile]
         rows = q[head, first : first + config.warpgroups * 64]

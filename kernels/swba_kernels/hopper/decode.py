@@ -8,7 +8,7 @@ B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N queries,
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,17 +23,19 @@ from .launch import descriptor, multiprocessors
 
 
 class _Tables(NamedTuple):
-    """A plan and its table on the device: items [rounds * ctas, 8] and merges [M, 6], int32."""
+    """A plan and its table on the device: items [rounds * ctas, 8] and merges [M, 6], int32.
+
+    Graphs hold the addresses of these tensors, so none is ever dropped.
+    """
 
     plan: LanePlan
     ctas: int
-    rounds: int
     items: Tensor
     merges: Tensor
     units: int
 
 
-@lru_cache(maxsize=256)
+@cache
 def _tables(
     batch: int, heads: int, n: int, d: int, slots: int, lanes: int, device: torch.device, plan: LanePlan | None
 ) -> _Tables:
@@ -44,7 +46,7 @@ def _tables(
     table = table_of(plan, batch, n, sms)
     items = torch.tensor(table.items, dtype=torch.int32, device=device)
     merges = torch.tensor(table.merges, dtype=torch.int32, device=device).reshape(-1, FIELDS.value)
-    return _Tables(plan, table.ctas, table.rounds, items, merges, table.units)
+    return _Tables(plan, table.ctas, items, merges, table.units)
 
 
 def decode(
@@ -116,7 +118,7 @@ def _decode(
     if config.warpgroups > 1:
         decode_persistent[(tables.ctas,)](
             *inputs, *results, tables.items, *filled,
-            heads, heads // kv_heads, n, slots, plan.slot_tiles, tables.rounds, *row_strides, scale2,
+            heads, heads // kv_heads, n, slots, plan.slot_tiles, *row_strides, scale2,
             W=config.warpgroups, TURNS=config.turns, REGISTERS=config.registers, **constants, launch_pdl=True,
         )  # fmt: skip
     else:

@@ -26,7 +26,8 @@ from .compat import allow_dependents, await_prerequisites, box, named_arrive, na
 from .decode_plan import key_tiles_of_part
 from .softmax import first_weights, next_weights, rescale
 
-FIELDS = gl.constexpr(8)  # of an item in the table: row, head, first query, first and last part of the keys, unit
+# Of an item in the table: row, head, first query, low and high end of its part of the keys, unit, items of this CTA.
+FIELDS = gl.constexpr(8)
 TURN = gl.constexpr(12)  # the first of W named barriers, with which the consumers take turns at the tensor cores
 
 
@@ -248,19 +249,19 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "group", "n", "slots", "slot_tiles", "rounds", "stride_valid", "stride_lanes",
+        "heads", "group", "n", "slots", "slot_tiles", "stride_valid", "stride_lanes",
     ],
     do_not_specialize_on_alignment=["p_valid", "p_lanes"],
 )  # fmt: skip
 def decode_persistent(
     q_desc, k_desc, v_desc, out_desc, p_lse, p_part, p_part_lse, p_items, p_valid, p_lanes,
-    heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes, scale2,
+    heads, group, n, slots, slot_tiles, stride_valid, stride_lanes, scale2,
     W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     REGISTERS: gl.constexpr, HAS_LANES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Set up the shared buffers, then split into the producer and W consumers of 64 query rows each.
 
-    The items of this CTA are column `program_id` of the table [R, P]; an unused entry has no keys and no unit.
+    The items of this CTA are the first ones of column `program_id` of the table [R, P].
     """
     TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [W, 64, D], TILES)
@@ -270,6 +271,7 @@ def decode_persistent(
     q_full, q_empty = _barriers(1, W)
     keys = (k_smem, v_smem, _barriers(STAGES, W), _barriers(STAGES, W))
     fence_async_shared()
+    rounds = gl.load(p_items + gl.program_id(0) * FIELDS + 6)  # the table is older than the kernels before this one
     await_prerequisites()
     allow_dependents()
     sizes = (heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes)

@@ -59,7 +59,7 @@ CONFIGS = {
         Config(4, 64, 4, registers=112, cycles=1903),
         Config(3, 128, 3, turns=True, registers=160, cycles=2664),
         Config(2, 128, 3, cycles=2040),
-        Config(1, 128, 2, resident=3, cycles=1200),
+        Config(1, 128, 2, resident=3, cycles=1000),
     ),
     128: (
         Config(2, 128, 2, cycles=2355),
@@ -73,7 +73,7 @@ _MERGE_BYTES = 3200.0  # of partial results, written and read in a cycle
 _CUT = (
     1.08  # slowdown of cut tiles: neighbours read other keys of a head and miss each other's in the second-level cache
 )
-_ALONE = 1.5  # slowdown of a small CTA that has no neighbour to fill its waits
+_ALONE = 1.3  # slowdown of a small CTA that has no neighbour to fill its waits
 _SHORTEST = 2  # key tiles of a part that is worth a CTA's start
 _SPLITS = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # of the small kernel
 
@@ -112,14 +112,14 @@ class Table(NamedTuple):
     """What the kernels read.
 
     Attributes:
-        ctas, rounds: the items are a matrix [rounds, ctas].
-        items: (row, head, first query, low, high, unit, 0, 0); unit -1 writes the result, others a partial one.
+        ctas: the items are a matrix [rounds, ctas], as a list.
+        items: (row, head, first query, low, high, unit, items of the CTA, 0); unit -1 writes the result, others a
+            partial one. Where a CTA has fewer items than others, the rest of its column is zero.
         merges: (row, head, first query, first unit, units between parts, parts) for each 64 rows of a cut tile.
         units: 64-row units of partial results.
     """
 
     ctas: int
-    rounds: int
     items: list[tuple[int, ...]]
     merges: list[tuple[int, ...]]
     units: int
@@ -275,15 +275,14 @@ def table_of(plan: LanePlan, rows: int, n: int, multiprocessors: int) -> Table:
                 if unit >= 0:
                     unit += b * units + seen[b][part.tile] * w
                     seen[b][part.tile] += 1
-                items.append((b, tile.head, tile.first, part.low, part.high, unit, 0, 0))
+                items.append((b, tile.head, tile.first, part.low, part.high, unit))
             items_of_bundle.append(items)
     columns = [
         [item for i in sorted(x, key=lambda i: items_of_bundle[i][0][5] < 0) for item in items_of_bundle[i]]
         for x in lists
     ]
     rounds = max(len(column) for column in columns)
-    unused = (0, 0, 0, 0, 0, -1, 0, 0)
-    items = [column[r] if r < len(column) else unused for r in range(rounds) for column in columns]
+    items = [(*column[r], len(column), 0) if r < len(column) else (0,) * 8 for r in range(rounds) for column in columns]
     merges = [
         (b, tile.head, tile.first + 64 * i, b * units + first_unit[i_tile] + i, w, counts[i_tile])
         for b in range(rows)
@@ -292,4 +291,4 @@ def table_of(plan: LanePlan, rows: int, n: int, multiprocessors: int) -> Table:
         for i in range(w)
         if tile.first + 64 * i < n
     ]
-    return Table(ctas, rounds, items, merges, rows * units)
+    return Table(ctas, items, merges, rows * units)
