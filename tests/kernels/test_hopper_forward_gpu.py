@@ -1,0 +1,264 @@
+"""The Hopper forward on a GPU against the float64 reference, on ordinary, poisoned and adversarial inputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_cases import Case, qkv, ring_case
+from tolerance import assert_close, assert_lse_close
+from torch import Tensor
+
+from swba_kernels import BlockWindow, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="kernels for Hopper"
+    ),
+]
+
+DTYPES = [torch.bfloat16, torch.float16]
+PATTERNS = [
+    (BlockWindow(64, 64 * 5), 64 * 9),
+    (BlockWindow(64, 200, 10, 7), 999),
+    (BlockWindow(144, 144 * 3), 144 * 6),
+    (BlockWindow(256, 256 * 4), 256 * 8),
+    (BlockWindow(256, 300, 31, 100), 1111),
+    (BlockWindow(333, 999), 333 * 4 + 5),
+    (BlockWindow(512, 512 * 3), 512 * 5),
+    (BlockWindow(880, 880 * 2, 100), 880 * 3),
+    (BlockWindow(1560, 1560 * 2), 1560 * 3),
+    (BlockWindow(2025, 2025, 2025), 2025 * 2 + 1),
+    (BlockWindow(2025, 5000), 1300),
+    (BlockWindow(1, 3), 70),
+    (BlockWindow(17, 40, 3, 5), 333),
+    (BlockWindow(100, 130, 500), 777),
+]
+
+
+def call(q: Tensor, k: Tensor, v: Tensor, pattern: BlockWindow, scale: float | None = None, **options):
+    from swba_kernels.hopper.forward import forward
+
+    return forward(
+        q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale, block_size=pattern.block_size,
+        window=pattern.window, sink=pattern.sink, grid_start=pattern.grid_start, **options,
+    )  # fmt: skip
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, pattern: BlockWindow, scale: float | None = None, **options) -> None:
+    out, lse = call(q, k, v, pattern, scale, **options)
+    double = [x.double() for x in (q, k, v)]
+    oracle, oracle_lse = reference.block_window_reference(*double, pattern, sm_scale=scale, return_lse=True)
+    assert_close(out, oracle, reference.block_window_reference(q, k, v, pattern, sm_scale=scale))
+    assert_lse_close(lse, oracle_lse)
+    assert out.stride() == torch.empty_like(q).stride()
+
+
+def candidates(head_dim: int):
+    from swba_kernels.hopper.forward import CONFIGS
+
+    return CONFIGS[head_dim]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("pattern", "n"), PATTERNS, ids=str)
+def test_forward_equals_the_reference(pattern, n, head_dim, dtype) -> None:
+    for config in candidates(head_dim):
+        check(*qkv(Case(pattern, n, 3, 3, head_dim), dtype, "cuda"), pattern, config=config)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_grouped_heads(head_dim, kv_heads) -> None:
+    pattern = BlockWindow(200, 500, 30, 50)
+    check(*qkv(Case(pattern, 1100, 6, kv_heads, head_dim), torch.bfloat16, "cuda"), pattern)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_items_than_multiprocessors(head_dim) -> None:
+    pattern = BlockWindow(144, 144 * 4, 20)
+    check(*qkv(Case(pattern, 144 * 8, 12, 4, head_dim, batch=3), torch.bfloat16, "cuda"), pattern)
+
+
+def test_views_with_strides_of_their_own() -> None:
+    pattern = BlockWindow(333, 700, 12)
+    packed = torch.randn(2, 1000, 3, 4, 128, device="cuda", dtype=torch.bfloat16)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    check(q, k, v, pattern)
+    padded = torch.randn(3, 2, 5, 1200, 256, device="cuda", dtype=torch.bfloat16)[:, :, 1:4, 100:1100, 64:192]
+    check(*padded, pattern)
+    check(*(x.contiguous() for x in padded), pattern)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-3, 3.0])
+def test_any_scale(scale, head_dim) -> None:
+    pattern = BlockWindow(200, 500)
+    check(*qkv(Case(pattern, 900, 2, 2, head_dim), torch.bfloat16, "cuda"), pattern, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_adversarial_scores(head_dim, dtype) -> None:
+    pattern = BlockWindow(256, 1024, 40)
+    q, k, v = qkv(Case(pattern, 2048, 2, 2, head_dim), dtype, "cuda")
+    check(q * 10, k * 10, v, pattern)
+    check(q, torch.ones_like(k), v, pattern)
+    check(torch.ones_like(q), torch.zeros_like(k), v, pattern)
+    dominant = k.clone()
+    dominant[:, :, 1000] = 4 * q[:, :, 1200]
+    check(q, dominant, v, pattern)
+    rising = k + torch.arange(2048, device="cuda", dtype=dtype)[:, None] / 100
+    check(q.abs(), rising, v, pattern)
+    check(q.abs(), rising.flip(2), v, pattern)
+
+
+def equal_rows(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: slice) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert torch.isfinite(x[:, :, rows]).all()
+        assert torch.equal(x[:, :, rows], y[:, :, rows])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", [3, 60, 64, 100, 128, 200, 333, 1000])
+def test_keys_that_no_row_sees_do_not_matter(block, head_dim) -> None:
+    """NaN in future blocks, and between sinks and window: the rows that see none of it keep every bit."""
+    pattern = BlockWindow(block, block + block // 3, min(block, 50))
+    for blocks in (1, 2, 4):
+        n, end = 6 * block, blocks * block
+        q, k, v = qkv(Case(pattern, n, 2, 2, head_dim), torch.bfloat16, "cuda")
+        clean = call(q, k, v, pattern)
+        _, (lo, _) = pattern.key_ranges(end - block, end)
+        for x in (k, v):
+            x[:, :, end:] = float("nan")
+            x[:, :, min(pattern.sink, lo) : lo] = float("nan")
+        equal_rows(call(q, k, v, pattern), clean, slice(end - block, end))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("block", "n"), [(100, 1000), (256, 1000), (333, 333), (64, 640), (2000, 70)])
+def test_only_the_rows_of_the_call_are_written(block, n, head_dim, monkeypatch) -> None:
+    pattern = BlockWindow(block, 2 * block)
+    q, k, v = qkv(Case(pattern, n, 3, 3, head_dim), torch.bfloat16, "cuda")
+    whole = torch.full((2, n + 300, 3, head_dim), float("nan"), device="cuda", dtype=torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda x: whole[:, 100 : 100 + n].transpose(1, 2))
+        out, lse = call(q, k, v, pattern)
+    assert torch.isfinite(lse).all()
+    assert torch.isfinite(out).all()
+    assert torch.isnan(whole[:, :100]).all()
+    assert torch.isnan(whole[:, 100 + n :]).all()
+    assert torch.equal(out, call(q, k, v, pattern)[0])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_runs_agree_in_every_bit(head_dim) -> None:
+    pattern = BlockWindow(333, 999, 64, 20)
+    q, k, v = qkv(Case(pattern, 3000, 6, 2, head_dim), torch.bfloat16, "cuda")
+    for config in candidates(head_dim):
+        first = call(q, k, v, pattern, config=config)
+        for _ in range(50):
+            equal_rows(call(q, k, v, pattern, config=config), first, slice(None))
+
+
+def ring_of(pattern: BlockWindow, positions: list[int], kv_heads: int, head_dim: int, dtype, spare: int):
+    """Return rings [L, Hkv, S, D] whose lanes have seen that many tokens; what was never written is NaN."""
+    slots = pattern.sink + pattern.window + spare
+    rings = torch.full((2, len(positions), kv_heads, slots, head_dim), math.nan, device="cuda", dtype=dtype)
+    for lane, position in enumerate(positions):
+        _, filled = reference.ring_layout(position, slots, pattern.sink)
+        rings[:, lane, :, filled] = torch.randn(2, kv_heads, len(filled), head_dim, device="cuda", dtype=dtype)
+    return rings
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("sink", "spare"), [(0, 0), (0, 70), (40, 0), (200, 33)])
+def test_prefill_on_rings_at_every_stage(sink, spare, head_dim, dtype) -> None:
+    from swba_kernels.portable.forward import Ring
+
+    pattern = BlockWindow(150, 450, sink)
+    total = pattern.sink + pattern.window + spare
+    stages = [0, 1, sink, sink + 1, 149, total - 1, total, total + 1, total + 230, 3 * total + 17]
+    rings = ring_of(pattern, stages, 2, head_dim, dtype, spare)
+    lanes = torch.tensor([3, 9, 0, 7, 1, 8, 4, 2, 6, 5], device="cuda")
+    position = torch.tensor(stages, device="cuda")[lanes]
+    for n in (40, 150, 400, 700):
+        q, k, v = qkv(Case(pattern, n, 4, 2, head_dim, batch=len(stages)), dtype, "cuda")
+        out, lse = call(q, k, v, pattern, ring=Ring(*rings, position, lanes))
+        args = (pattern, *rings, position)
+        oracle, oracle_lse = reference.prefill_reference(
+            q.double(), k.double(), v.double(), pattern, *rings.double(), position, lanes=lanes, return_lse=True
+        )
+        assert_close(out, oracle, reference.prefill_reference(q, k, v, *args, lanes=lanes))
+        assert_lse_close(lse, oracle_lse)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_prefill_without_lane_numbers_and_with_small_blocks(seed, head_dim) -> None:
+    from swba_kernels.portable.forward import Ring
+
+    pattern = BlockWindow([7, 60, 64, 129][seed], [20, 100, 64, 700][seed], [3, 64, 0, 10][seed], seed)
+    case = ring_case(Case(pattern, 260, 4, 2, head_dim), torch.bfloat16, "cuda", seed, seed)
+    q, k, v, k_ring, v_ring, position, lanes = case
+    k_ring, v_ring = k_ring[lanes], v_ring[lanes]
+    out, lse = call(q, k, v, pattern, ring=Ring(k_ring, v_ring, position))
+    double = [x.double() for x in (q, k, v)]
+    oracle, oracle_lse = reference.prefill_reference(
+        *double, pattern, k_ring.double(), v_ring.double(), position, return_lse=True
+    )
+    assert_close(out, oracle, reference.prefill_reference(q, k, v, pattern, k_ring, v_ring, position))
+    assert_lse_close(lse, oracle_lse)
+
+
+def test_a_graph_follows_the_rings_position() -> None:
+    from swba_kernels.portable.forward import Ring
+
+    pattern = BlockWindow(150, 450, 40)
+    stages = [0, 200, 490, 1000]
+    rings = ring_of(pattern, stages, 2, 128, torch.bfloat16, 0)
+    q, k, v = qkv(Case(pattern, 300, 4, 2, 128, batch=1), torch.bfloat16, "cuda")
+    position, lanes = torch.tensor([0], device="cuda"), torch.tensor([0], device="cuda")
+    call(q, k, v, pattern, ring=Ring(*rings, position, lanes))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(q, k, v, pattern, ring=Ring(*rings, position, lanes))
+    for lane in (3, 0, 2, 1):
+        position.fill_(stages[lane])
+        lanes.fill_(lane)
+        graph.replay()
+        equal_rows(captured, call(q, k, v, pattern, ring=Ring(*rings, position, lanes)), slice(None))
+
+
+def test_sizes_compile_nothing_new() -> None:
+    from swba_kernels.hopper import forward
+
+    def run(n, block, window, sink, batch) -> None:
+        pattern = BlockWindow(block, window, sink)
+        call(*qkv(Case(pattern, n, 4, 2, 128, batch=batch), torch.bfloat16, "cuda"), pattern)
+
+    def compiled() -> int:
+        return len(forward._forward.device_caches[torch.cuda.current_device()][0])
+
+    run(1000, 256, 512, 16, 2)
+    before = compiled()
+    for sizes in ((1024, 256, 512, 1, 1), (777, 100, 300, 33, 3), (16, 1, 1, 1, 1), (4096, 1024, 1024, 128, 1)):
+        run(*sizes)
+    assert compiled() == before
+
+
+@pytest.mark.slow
+def test_tensors_beyond_two_to_the_31_elements() -> None:
+    pattern = BlockWindow(250, 500)
+    q, k, v = (torch.randn(1, 17, 1_000_000, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    assert q.numel() > 1 << 31
+    out, lse = call(q, k, v, pattern)
+    tail = [x[:, -1:, -500:] for x in (q, k, v)]
+    oracle, oracle_lse = reference.block_window_reference(*(x.double() for x in tail), pattern, return_lse=True)
+    eager = reference.block_window_reference(*tail, pattern)
+    assert_close(out[:, -1:, -250:], oracle[:, :, -250:], eager[:, :, -250:])
+    assert_lse_close(lse[:, -1:, -250:], oracle_lse[:, :, -250:])
