@@ -35,6 +35,22 @@ CASES = [
 ]
 
 
+# None: the split kernels or the fused one as the table says; True: the fused kernel, adding in turn.
+MODES = [(True, None), (False, None), (True, True)]
+MODE_NAMES = ["deterministic", "fastest", "fused in turn"]
+
+
+def mode_options(mode: tuple[bool, bool | None], head_dim: int) -> dict:
+    from swba_kernels.hopper.backward import CONFIGS, Fused
+
+    deterministic, in_turn = mode
+    if in_turn is None:
+        return {"deterministic": deterministic}
+    config = CONFIGS[head_dim, False]
+    assert isinstance(config, Fused)
+    return {"config": config._replace(in_turn=in_turn)}
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Let torch fill what it allocates uninitialised with NaN."""
@@ -77,15 +93,15 @@ def check(case: Case, inputs: tuple[Tensor, ...], dout: Tensor, **more) -> None:
         assert a.stride() == torch.empty_like(x).stride()
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_equal_the_reference(case, dtype, deterministic) -> None:
-    check(case, qkv(case, dtype, "cuda"), draw_dout(case, dtype), deterministic=deterministic)
+def test_gradients_equal_the_reference(case, dtype, mode) -> None:
+    check(case, qkv(case, dtype, "cuda"), draw_dout(case, dtype), **mode_options(mode, case.head_dim))
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_views_of_wider_buffers_full_of_nan(deterministic) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
+def test_views_of_wider_buffers_full_of_nan(mode) -> None:
     case = Case(BlockWindow(144, 333, 20), 700, heads=4, kv_heads=2, head_dim=128)
 
     def inside(x: Tensor) -> Tensor:
@@ -94,7 +110,7 @@ def test_views_of_wider_buffers_full_of_nan(deterministic) -> None:
         return view.copy_(x)
 
     inputs = tuple(inside(x) for x in qkv(case, torch.bfloat16, "cuda"))
-    check(case, inputs, inside(draw_dout(case, torch.bfloat16)), deterministic=deterministic)
+    check(case, inputs, inside(draw_dout(case, torch.bfloat16)), **mode_options(mode, case.head_dim))
 
 
 def test_expanded_gradient_of_the_output() -> None:
@@ -103,23 +119,24 @@ def test_expanded_gradient_of_the_output() -> None:
     check(case, qkv(case, torch.bfloat16, "cuda"), dout)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_large_scores_do_not_overflow(deterministic) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
+def test_large_scores_do_not_overflow(mode) -> None:
     case = Case(BlockWindow(200, 500), 1001, head_dim=128)
     inputs = tuple(x * 12 for x in qkv(case, torch.bfloat16, "cuda"))
-    check(case, inputs, draw_dout(case, torch.bfloat16), deterministic=deterministic)
+    check(case, inputs, draw_dout(case, torch.bfloat16), **mode_options(mode, case.head_dim))
 
 
+@pytest.mark.parametrize("mode", MODES[::2], ids=MODE_NAMES[::2])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_deterministic_gradients_repeat_bit_for_bit(case) -> None:
+def test_deterministic_gradients_repeat_bit_for_bit(case, mode) -> None:
     inputs, dout = qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16)
-    first = gradients(case, inputs, dout)
+    first = gradients(case, inputs, dout, **mode_options(mode, case.head_dim))
     for _ in range(5):
-        assert all(map(torch.equal, gradients(case, inputs, dout), first))
+        assert all(map(torch.equal, gradients(case, inputs, dout, **mode_options(mode, case.head_dim)), first))
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_nan_of_hidden_tokens_never_reaches_a_gradient(deterministic) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
+def test_nan_of_hidden_tokens_never_reaches_a_gradient(mode) -> None:
     """Blocks and window are multiples of the tiles here: blocks that share a tile share each other's NaN (0 x NaN)."""
     case = Case(BlockWindow(256, 512), 1500, head_dim=128)
     token = 700
@@ -131,7 +148,7 @@ def test_nan_of_hidden_tokens_never_reaches_a_gradient(deterministic) -> None:
         inputs = tuple(x.clone() for x in qkv(case, torch.bfloat16, "cuda"))
         for x in inputs:
             x[:, :, token] = value
-        dq, dk, dv = gradients(case, inputs, draw_dout(case, torch.bfloat16), deterministic=deterministic)
+        dq, dk, dv = gradients(case, inputs, draw_dout(case, torch.bfloat16), **mode_options(mode, case.head_dim))
         results.append((dq[:, :, ~lost_queries], dk[:, :, ~lost_keys], dv[:, :, ~lost_keys]))
     assert not lost_queries.all()
     assert not lost_keys.all()
@@ -153,28 +170,34 @@ def test_rows_with_an_infinite_log_sum_exp_have_no_gradient() -> None:
         torch.testing.assert_close(a, e, atol=2e-2, rtol=2e-2)
 
 
-def test_gradients_replay_from_a_graph() -> None:
+@pytest.mark.parametrize("mode", MODES[::2], ids=MODE_NAMES[::2])
+def test_gradients_replay_from_a_graph(mode) -> None:
     case = Case(BlockWindow(256, 768), 2000, head_dim=128)
     inputs, dout = qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16)
-    expected = gradients(case, inputs, dout)
+    expected = gradients(case, inputs, dout, **mode_options(mode, 128))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = gradients(case, inputs, dout)
+        captured = gradients(case, inputs, dout, **mode_options(mode, 128))
     for _ in range(3):
         graph.replay()
+        torch.cuda.synchronize()
         assert all(map(torch.equal, captured, expected))
 
 
 def test_no_new_kernel_for_new_sizes() -> None:
     from swba_kernels.hopper.backward_dkv import dkv_kernel
     from swba_kernels.hopper.backward_dq import dq_kernel
+    from swba_kernels.hopper.backward_fused import fused_kernel
 
     def kernels() -> int:
-        return sum(len(cache[0]) for f in (dkv_kernel, dq_kernel) for cache in f.device_caches.values())
+        made = (dkv_kernel, dq_kernel, fused_kernel)
+        return sum(len(cache[0]) for kernel in made for cache in kernel.device_caches.values())
 
     def run(case: Case) -> None:
-        gradients(case, qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16))
+        for mode in MODES:
+            inputs = qkv(case, torch.bfloat16, "cuda")
+            gradients(case, inputs, draw_dout(case, torch.bfloat16), **mode_options(mode, case.head_dim))
 
     run(Case(BlockWindow(100, 300, 5), 500, head_dim=64))
     before = kernels()

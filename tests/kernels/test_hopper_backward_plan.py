@@ -15,7 +15,7 @@ from swba_kernels import BlockWindow
 from swba_kernels.hopper import backward_ranges
 
 NUMPY = SimpleNamespace(minimum=np.minimum, maximum=np.maximum, where=np.where)
-NAMES = ("block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile")
+NAMES = ("block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile", "turn_of")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,6 +74,30 @@ def walk_queries(pattern: BlockWindow, n: int, keys: int, rows: int) -> np.ndarr
     return met
 
 
+def walk_fused(pattern: BlockWindow, n: int, keys: int, rows: int) -> np.ndarray:
+    """Walk as the fused kernel does; check on the way that every tile of queries is added to in turn."""
+    sizes = numbers(pattern, n)
+    met = np.zeros((n, n), int)
+    turns = np.zeros(-(-n // rows), int)
+    for first in range(0, n, keys):
+        start, stop, all_start, all_stop = backward_ranges.query_walk(first, sizes, keys)
+        tile = first + np.arange(keys)
+        seen_from, seen_to = backward_ranges.queries_of(tile, sizes)
+        for row in range(start // rows * rows, stop, rows):
+            queries = row + np.arange(rows)[:, None]
+            visible = np.ones((rows, keys), bool)
+            if row < all_start or row + rows > all_stop:
+                visible = (queries >= seen_from) & (queries < seen_to)
+            assert visible.any()
+            assert not (visible & ((queries >= n) | (tile >= n))).any()
+            i_query, i_key = np.nonzero(visible)
+            np.add.at(met, (row + i_query, first + i_key), 1)
+            assert backward_ranges.turn_of(first, row, sizes, keys, rows) == turns[row // rows]
+            turns[row // rows] += 1
+    assert (turns > 0).all(), "a tile of sums that nobody writes"
+    return met
+
+
 def walk_keys(pattern: BlockWindow, n: int, rows: int, columns: int) -> np.ndarray:
     """Walk as the kernel of dq does, and return how often each (query, key) pair entered a sum."""
     sizes = numbers(pattern, n)
@@ -115,6 +139,13 @@ def test_the_walk_over_keys_meets_every_visible_pair_once(problem, tile) -> None
     np.testing.assert_array_equal(walk_keys(pattern, n, *tile), pattern.mask(n).numpy())
 
 
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from([(8, 4), (8, 8), (12, 4), (16, 4), (1, 1), (4, 16)]))
+def test_the_fused_walk_meets_every_visible_pair_once_and_adds_in_turn(problem, tile) -> None:
+    pattern, n = problem
+    np.testing.assert_array_equal(walk_fused(pattern, n, *tile), pattern.mask(n).numpy())
+
+
 SHAPES = [
     BlockWindow.from_blocks(64, 3),
     BlockWindow.from_blocks(144, 2, 1),
@@ -131,3 +162,4 @@ def test_real_tiles_meet_every_visible_pair_once(pattern, n) -> None:
     for keys, rows in ((128, 64), (192, 64), (128, 128)):
         np.testing.assert_array_equal(walk_queries(pattern, n, keys, rows), mask)
         np.testing.assert_array_equal(walk_keys(pattern, n, keys, rows), mask)
+        np.testing.assert_array_equal(walk_fused(pattern, n, keys, rows), mask)

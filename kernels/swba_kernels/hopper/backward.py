@@ -16,7 +16,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
+from .backward_fused import fused_kernel
 from .backward_shared import ROW_COPIES, row_box_layout
+from .compat import box_layout
 from .launch import _Base, descriptor
 from .supports import tma_strides
 
@@ -33,17 +35,32 @@ class Walk(NamedTuple):
     registers: int
 
 
-class Config(NamedTuple):
-    """The configurations of both gradient kernels."""
+class Split(NamedTuple):
+    """One kernel for the gradients of keys and values and one for those of queries: seven matmuls a tile."""
 
     dkv: Walk
     dq: Walk
 
 
-# Chosen by registers, spills and shared memory of ahead-of-time compiles under triton 3.6.0.
-CONFIGS = {
-    64: Config(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 128, 3, 240)),
-    128: Config(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
+class Fused(NamedTuple):
+    """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
+
+    Pipeline stages of the queries and of the sums, registers of a consumer's thread, and whether programs add in turn
+    (by key, so that the sums have the same bits every time) or as they come.
+    """
+
+    stages: int
+    sum_stages: int
+    registers: int
+    in_turn: bool
+
+
+# Chosen by registers, spills and shared memory of ahead-of-time compiles under triton 3.6.0; by (D, deterministic).
+CONFIGS: dict[tuple[int, bool], Split | Fused] = {
+    (64, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 128, 3, 240)),
+    (128, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
+    (64, False): Fused(stages=3, sum_stages=1, registers=232, in_turn=False),
+    (128, False): Fused(stages=2, sum_stages=1, registers=232, in_turn=False),
 }
 
 
@@ -107,9 +124,97 @@ def _row_descriptor(address: int, shape: torch.Size, stride: int, rows: int) -> 
     return TensorDescriptor(_Base(address, torch.float32), list(shape), [stride, 1], [1, rows], row_box_layout())
 
 
+def sum_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Return the TMA descriptor of contiguous float32 x [B, H, N, D] for boxes [1, 1, rows, D]."""
+    return _sum_descriptor(x.data_ptr(), x.shape, x.stride(), rows)
+
+
+@lru_cache(maxsize=1024)
+def _sum_descriptor(address: int, shape: torch.Size, strides: tuple[int, ...], rows: int) -> TensorDescriptor:
+    box = [1, 1, rows, shape[-1]]
+    return TensorDescriptor(_Base(address, torch.float32), list(shape), list(strides), box, box_layout(4, 32))
+
+
 def copyable(x: Tensor) -> Tensor:
     """Return x itself when a TMA descriptor can describe it, else a contiguous copy."""
     return x if tma_strides(x) and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
+@triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "n", "tiles"])
+def cast_kernel(
+    p_sum, p_dq, scale, s_b, s_h, s_n, heads, n, tiles, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write dq = scale * sum in the dtype and layout of dq; strides count 8 elements."""
+    pid = tl.program_id(0)
+    i_bh = pid // tiles
+    i_b = (i_bh // heads).to(tl.int64)
+    i_h = (i_bh % heads).to(tl.int64)
+    rows = (pid % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    d = tl.arange(0, D)[None, :]
+    x = tl.load(p_sum + (i_bh.to(tl.int64) * n + rows) * D + d, mask=rows < n, other=0.0)
+    p_dq += (i_b * s_b + i_h * s_h) * 8 + rows.to(tl.int64) * s_n * 8 + d
+    tl.store(p_dq, (x * scale).to(p_dq.dtype.element_ty), mask=rows < n)
+
+
+class _Call(NamedTuple):
+    """What all kernels of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    lse2: Tensor
+    delta: Tensor
+    scale: float
+    pattern: tuple[int, int, int, int, int]
+
+
+def _split(call: _Call, config: Split, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    q, k, v, dout, lse2, delta, scale, pattern = call
+    batch, heads, n, head_dim = q.shape
+    group = heads // k.shape[1]
+    walk = config.dkv
+    tiles = triton.cdiv(n, walk.warpgroups * 64)
+    dkv_kernel[(tiles * batch * k.shape[1],)](
+        descriptor(q, walk.rows), descriptor(dout, walk.rows), descriptor(k, 64), descriptor(v, 64),
+        row_descriptor(lse2, walk.rows), row_descriptor(delta, walk.rows), descriptor(dk, 64), descriptor(dv, 64),
+        scale * LOG2E, *pattern, heads, group, tiles,
+        WARPGROUPS=walk.warpgroups, BLOCK_M=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
+        num_warps=4,
+    )  # fmt: skip
+    walk = config.dq
+    tiles = triton.cdiv(n, walk.warpgroups * 64)
+    dq_kernel[(tiles * batch * heads,)](
+        descriptor(q, 64), descriptor(dout, 64), descriptor(k, walk.rows), descriptor(v, walk.rows),
+        descriptor(dq, 64), lse2, delta, scale * LOG2E, *pattern[:1], lse2.stride(0), *pattern[1:], heads, group, tiles,
+        WARPGROUPS=walk.warpgroups, BLOCK_N=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    q, k, v, dout, lse2, delta, scale, pattern = call
+    batch, heads, n, head_dim = q.shape
+    rows, keys = 64, 128
+    work = triton.cdiv(n, keys) * batch * k.shape[1]
+    if config.in_turn:  # the first to add to a tile writes it instead
+        sums = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        counters = torch.zeros(4 + batch * heads * triton.cdiv(n, rows), dtype=torch.int32, device=q.device)
+    else:
+        sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        counters = torch.empty(4, dtype=torch.int32, device=q.device)
+    fused_kernel[(work,)](
+        descriptor(q, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, 64),
+        row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, rows),
+        descriptor(dk, 64), descriptor(dv, 64), counters[4:], counters,
+        scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
+        BLOCK_M=rows, D=head_dim, STAGES=config.stages, SUM_STAGES=config.sum_stages, IN_TURN=config.in_turn,
+        REGISTERS=config.registers, num_warps=4,
+    )  # fmt: skip
+    tiles = triton.cdiv(n, 64)
+    cast_kernel[(tiles * batch * heads,)](
+        sums, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles, D=head_dim, ROWS=64, num_warps=4
+    )
 
 
 def backward(
@@ -126,7 +231,7 @@ def backward(
     sink: int,
     grid_start: int,
     deterministic: bool = True,
-    config: Config | None = None,
+    config: Split | Fused | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv) of the forward call that gave `out` and `lse`.
 
@@ -135,40 +240,23 @@ def backward(
         k, v: [B, Hkv, N, D].
         lse: natural log-sum-exp, float32 [B, H, N].
         scale, block_size, window, sink, grid_start: as in the forward call.
-        deterministic: give the same bits every time.
+        deterministic: give the same bits every time, or the fastest way: dq is then summed in float32 in any order.
         config: replaces the table's choice.
 
     Returns:
         Gradients with the dtypes and layouts of q, k and v.
     """
-    batch, heads, n, head_dim = q.shape
-    kv_heads = k.shape[1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if q.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     dout, out, lse = copyable(dout), copyable(out), lse.contiguous()
-    config = config or CONFIGS[head_dim]
     lse2, delta = row_terms(out, dout, lse)
-    pattern = (min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
-    group = heads // kv_heads
-    scale2 = scale * LOG2E
-
-    walk = config.dkv
-    tiles = triton.cdiv(n, walk.warpgroups * 64)
-    dkv_kernel[(tiles * batch * kv_heads,)](
-        descriptor(q, walk.rows), descriptor(dout, walk.rows), descriptor(k, 64), descriptor(v, 64),
-        row_descriptor(lse2, walk.rows), row_descriptor(delta, walk.rows), descriptor(dk, 64), descriptor(dv, 64),
-        scale2, n, *pattern, heads, group, tiles,
-        WARPGROUPS=walk.warpgroups, BLOCK_M=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
-        num_warps=4,
-    )  # fmt: skip
-
-    walk = config.dq
-    tiles = triton.cdiv(n, walk.warpgroups * 64)
-    dq_kernel[(tiles * batch * heads,)](
-        descriptor(q, 64), descriptor(dout, 64), descriptor(k, walk.rows), descriptor(v, walk.rows),
-        descriptor(dq, 64), lse2, delta, scale2, n, lse2.stride(0), *pattern, heads, group, tiles,
-        WARPGROUPS=walk.warpgroups, BLOCK_N=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
-        num_warps=4,
-    )  # fmt: skip
+    n = q.shape[2]
+    pattern = (n, min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
+    call = _Call(q, k, v, dout, lse2, delta, scale, pattern)
+    config = config or CONFIGS[q.shape[3], deterministic]
+    if isinstance(config, Split):
+        _split(call, config, dq, dk, dv)
+    else:
+        _fused(call, config, dq, dk, dv)
     return dq, dk, dv

@@ -86,3 +86,13 @@ def key_tile(j, walk, COLUMNS: gl.constexpr):
     in_window = (start >= all_left) & (start + COLUMNS <= all_stop)
     whole = gl.where(in_sink, start + COLUMNS <= sink_stop, in_window)
     return start, gl.where(in_sink, sink_stop, stop), whole == 0
+
+
+@gluon.jit
+def turn_of(first, row, pattern, KEYS: gl.constexpr, ROWS: gl.constexpr):
+    """Return how many tiles of keys before the one at `first` meet the queries [row, row + ROWS), on fixed grids."""
+    _, walk = key_walk(row, pattern, ROWS, KEYS)
+    window_tile = walk[2] // KEYS
+    sink_tiles = gl.minimum(walk[1], window_tile)
+    tile = first // KEYS
+    return gl.where(tile < window_tile, tile, tile - window_tile + sink_tiles)

@@ -1,0 +1,251 @@
+"""All three gradients in one pass, five matmuls a tile instead of seven, for head dim 128.
+
+A tile of 128 keys stays in shared memory while the queries that see it pass by. A consumer warpgroup owns 64 keys; the
+slopes dS of both meet in shared memory, from where each computes half the columns of dQ. One more warp adds dQ to a sum
+in global memory. "_t" marks transposed tiles (keys are rows).
+
+Query tiles lie on a fixed grid here, so that a tile of dQ is one place in memory.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .backward_order import await_turn, pass_turn, tma_add
+from .backward_ranges import queries_of, query_walk, turn_of
+from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
+from .compat import box, named_sync, tma_load, tma_store, view
+
+
+@gluon.jit
+def _place(i_work, kv_heads, heads_in_all, BLOCK_N: gl.constexpr):
+    """Return (batch row, kv head, first key) of a piece of work: tile by tile, all heads of a tile in a row."""
+    i_kv = i_work % heads_in_all
+    return i_kv // kv_heads, i_kv % kv_heads, i_work // heads_in_all * BLOCK_N
+
+
+@gluon.jit
+def _walk(first, pattern, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Return the query range of a tile of keys, its start on the grid of query tiles, and the range all keys share."""
+    start, stop, all_start, all_stop = query_walk(first, pattern, BLOCK_N)
+    return start // BLOCK_M * BLOCK_M, stop, all_start, all_stop
+
+
+@gluon.jit
+def _produce(inputs, buffers, barriers, i_work, pattern, shape):
+    """Load the keys and values once, then every tile of queries with its terms, head by head."""
+    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, _ = buffers
+    keys_full, full, empty, _, _ = barriers
+    heads, group, kv_in_all = shape
+    STAGES: gl.constexpr = q_smem.shape[0]
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    D: gl.constexpr = k_smem.shape[1]
+    i_b, i_h, first = _place(i_work, heads // group, kv_in_all, BLOCK_N)
+    start, stop, _, _ = _walk(first, pattern, BLOCK_M, BLOCK_N)
+    mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
+    tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
+    for w in gl.static_range(2):
+        tma_load(v_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(v_smem.index(w), 64, D))
+    stage = 0
+    phase = 1
+    for i_head in range(i_h * group, i_h * group + group):
+        for row in range(start, stop, BLOCK_M):
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
+            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+            tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
+            tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
+            tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGROUP: gl.constexpr):
+    """Fold tile after tile of queries into dk and dv of 64 keys, and compute half of what the tile of keys adds to dQ:
+
+    S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) |
+    dQ = dS K | dK += dS^T Q
+    """
+    _, dk_desc, dv_desc, _ = outputs
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem = buffers
+    keys_full, full, empty, dq_full, dq_empty = barriers
+    heads, group, kv_in_all = shape
+    DTYPE: gl.constexpr = q_smem.dtype
+    STAGES: gl.constexpr = q_smem.shape[0]
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    D: gl.constexpr = k_smem.shape[1]
+    HALF: gl.constexpr = D // 2
+    SUM_STAGES: gl.constexpr = dq_smem.shape[0]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
+    i_b, i_h, first = _place(i_work, heads // group, kv_in_all, BLOCK_N)
+    start, stop, all_start, all_stop = _walk(first, pattern, BLOCK_M, BLOCK_N)
+    keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    seen_from, seen_to = queries_of(keys, pattern)
+    k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
+    k_columns = k_smem.slice(WARPGROUP * HALF, HALF, dim=1)
+    v = v_smem.index(WARPGROUP)
+    dk = gl.zeros([64, D], gl.float32, SUMS)
+    dv = gl.zeros([64, D], gl.float32, SUMS)
+    none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    no_sum = gl.zeros([BLOCK_M, HALF], gl.float32, HALVES)
+    stage = 0
+    phase = 0
+    sum_stage = 0
+    sum_phase = 1
+    parity = 0
+    row = start
+    mbarrier.wait(keys_full, 0)
+    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
+        q = q_smem.index(stage)
+        grad = grad_smem.index(stage)
+        ds_both = ds_smem.index(parity)
+        edge = (row < all_start) | (row + BLOCK_M > all_stop)
+        mbarrier.wait(full.index(stage), phase)
+        s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+        dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
+        lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
+        s_t = warpgroup_mma_wait(1, deps=(s_t,))
+        p_t = gl.exp2(s_t * scale2 - lse2[None, :])
+        delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
+        dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
+        slope = dp_t - delta[None, :]
+        if edge:
+            queries = row + count_smem.load(COLUMNS)[None, :]
+            visible = (queries >= seen_from[:, None]) & (queries < seen_to[:, None])
+            p_t = gl.where(visible, p_t, 0.0)
+            slope = gl.where(visible, slope, 0.0)
+        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
+        dv = warpgroup_mma(p_operand, grad, dv, is_async=True)
+        ds_t = (p_t * slope).to(DTYPE)
+        ds_both.slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
+        fence_async_shared()
+        named_sync(8, 256)
+        dq = warpgroup_mma(ds_both.permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+        dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
+        dq = warpgroup_mma_wait(1, deps=(dq,))
+        mbarrier.wait(dq_empty.index(sum_stage), sum_phase)
+        dq_smem.index(sum_stage).slice(WARPGROUP * HALF, HALF, dim=1).store(dq)
+        fence_async_shared()
+        mbarrier.arrive(dq_full.index(sum_stage), count=1)
+        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+        sum_stage, sum_phase = next_stage(sum_stage, sum_phase, SUM_STAGES)
+        parity ^= 1
+        row += BLOCK_M
+        row = gl.where(row < stop, row, start)
+    named_sync(8, 256)
+    k_way_out = view(k_smem, [2, 64, D], gl.NVMMASharedLayout(128, 16, rank=2)).index(WARPGROUP)
+    store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), k_way_out, D)
+    store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: gl.constexpr):
+    """Add tile after tile of dQ to the sums in global memory; in turn, the first tile of keys writes instead."""
+    sum_desc, _, _, p_turns = outputs
+    q_smem, _, k_smem, _, _, _, _, _, dq_smem = buffers
+    _, _, _, dq_full, dq_empty = barriers
+    n, _, _, _, _ = pattern
+    heads, group, kv_in_all = shape
+    SUM_STAGES: gl.constexpr = dq_smem.shape[0]
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    D: gl.constexpr = k_smem.shape[1]
+    BOX: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=4)
+    i_b, i_h, first = _place(i_work, heads // group, kv_in_all, BLOCK_N)
+    start, stop, _, _ = _walk(first, pattern, BLOCK_M, BLOCK_N)
+    query_tiles = (n + BLOCK_M - 1) // BLOCK_M
+    stage = 0
+    phase = 0
+    for i_head in range(i_h * group, i_h * group + group):
+        for row in range(start, stop, BLOCK_M):
+            source = view(dq_smem.index(stage), [1, 1, BLOCK_M, D], BOX)
+            mbarrier.wait(dq_full.index(stage), phase)
+            if IN_TURN:
+                turn = turn_of(first, row, pattern, BLOCK_N, BLOCK_M)
+                p_turn = p_turns + (i_b * heads + i_head) * query_tiles + row // BLOCK_M
+                await_turn(p_turn, turn)
+                if turn == 0:
+                    tma_store(sum_desc, [i_b, i_head, row, 0], source)
+                else:
+                    tma_add(sum_desc, [i_b, i_head, row, 0], source)
+            else:
+                tma_add(sum_desc, [i_b, i_head, row, 0], source)
+            tma.store_wait(0)
+            mbarrier.arrive(dq_empty.index(stage), count=1)
+            if IN_TURN:
+                pass_turn(p_turn, turn + 1)
+            stage, phase = next_stage(stage, phase, SUM_STAGES)
+
+
+@gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all"])
+def fused_kernel(
+    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc, dk_desc, dv_desc, p_turns, p_ticket,
+    scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SUM_STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
+
+    In turn, a program waits for those that own earlier keys. So work is handed out by a counter, in that order: whoever
+    is waited for has started, whatever the order in which the GPU starts programs.
+    """
+    BLOCK_N: gl.constexpr = 128
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_N, D], TILE)
+    v_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 64, D], TILE)
+    q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
+    grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
+    ds_smem = gl.allocate_shared_memory(k_desc.dtype, [2, BLOCK_N, BLOCK_M], TILE)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [SUM_STAGES, BLOCK_M, D], gl.NVMMASharedLayout(128, 32, rank=2))
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
+    count_smem = counting(BLOCK_M)
+    keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], BARRIER)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], BARRIER)
+    mbarrier.init(keys_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(SUM_STAGES):
+        mbarrier.init(dq_full.index(i), count=2)
+        mbarrier.init(dq_empty.index(i), count=1)
+    fence_async_shared()
+    if IN_TURN:
+        i_work = gl.atomic_add(p_ticket, 1)
+    else:
+        i_work = gl.program_id(0)
+    inputs = (q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
+    outputs = (sum_desc, dk_desc, dv_desc, p_turns)
+    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem)
+    barriers = (keys_full, full, empty, dq_full, dq_empty)
+    pattern = (n, block_size, window, sink, grid_start)
+    shape = (heads, group, kv_in_all)
+    gl.warp_specialize([
+        (_produce, (inputs, buffers, barriers, i_work, pattern, shape)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 0)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 1)),
+        (_add, (outputs, buffers, barriers, i_work, pattern, shape, IN_TURN)),
+    ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

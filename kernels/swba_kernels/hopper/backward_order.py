@@ -1,0 +1,39 @@
+"""Sums in global memory that several programs add to by TMA, and how to add in turn.
+
+Float32 addition does not associate, so adding in any order gives other bits every time. With turns, the programs that
+add to a tile do so in the order of their keys: a counter per tile says whose turn it is.
+"""
+
+from __future__ import annotations
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+
+
+@builtin
+def tma_add(desc, coord, src, _semantic=None):
+    """Add a float32 box in shared memory to global memory; the copy engine does it (3.9 has a name for it)."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def await_turn(p_turn, turn):
+    """Wait until the counter says `turn`; what others added before is then ordered before what this thread adds."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred waiting; .reg .u32 now; again: ld.acquire.gpu.global.u32 now, [$1]; "
+        "setp.ne.u32 waiting, now, $2; @waiting bra again; fence.proxy.async; mov.u32 $0, now; }",
+        "=r,l,r", [p_turn, turn], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pass_turn(p_turn, turn):
+    """Wait until what this warp added is in global memory, then set the counter to `turn`."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; fence.proxy.async; "
+        "st.release.gpu.global.u32 [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r", [p_turn, turn], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
