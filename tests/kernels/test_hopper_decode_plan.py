@@ -89,6 +89,7 @@ def test_each_slot_is_read_once_for_every_query_whatever_is_filled(shape, data) 
     assert set(found) == {(b, h, r) for b in range(rows) for h in range(heads) for r in range(0, n, 64)}
     merges = {(m[0], m[1], m[2]): m[3:] for m in table.merges}
     assert len(merges) == len(table.merges)
+    assert set(merges) <= set(found)
     written = []
     for key, items in found.items():
         assert sorted(s for _, tiles in items for tile in tiles for s in tile) == list(range(valid[key[0]]))
