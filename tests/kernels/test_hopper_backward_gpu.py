@@ -188,10 +188,10 @@ def test_gradients_replay_from_a_graph(mode) -> None:
 def test_no_new_kernel_for_new_sizes() -> None:
     from swba_kernels.hopper.backward_dkv import dkv_kernel
     from swba_kernels.hopper.backward_dq import dq_kernel
-    from swba_kernels.hopper.backward_fused import fused_kernel
+    from swba_kernels.hopper.backward_fused_narrow import fused_narrow_kernel
 
     def kernels() -> int:
-        made = (dkv_kernel, dq_kernel, fused_kernel)
+        made = (dkv_kernel, dq_kernel, fused_narrow_kernel)
         return sum(len(cache[0]) for kernel in made for cache in kernel.device_caches.values())
 
     def run(case: Case) -> None:

@@ -17,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .backward_fused import fused_kernel
+from .backward_fused_narrow import fused_narrow_kernel
 from .backward_shared import ROW_COPIES, row_box_layout
 from .compat import box_layout
 from .launch import _Base, descriptor
@@ -45,12 +46,13 @@ class Split(NamedTuple):
 class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
-    Pipeline stages of the queries and of the sums, registers of a consumer's thread, and whether programs add in turn
-    (by key, so that the sums have the same bits every time) or as they come.
+    Pipeline stages of the queries, and of what goes to those who add (dQ at head dim 128, dS at 64), registers of a
+    consumer's thread, and whether programs add in turn (by key, so that the sums have the same bits every time) or as
+    they come.
     """
 
     stages: int
-    sum_stages: int
+    ring: int
     registers: int
     in_turn: bool
 
@@ -59,8 +61,8 @@ class Fused(NamedTuple):
 CONFIGS: dict[tuple[int, bool], Split | Fused] = {
     (64, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 128, 3, 240)),
     (128, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
-    (64, False): Fused(stages=3, sum_stages=1, registers=232, in_turn=False),
-    (128, False): Fused(stages=2, sum_stages=1, registers=232, in_turn=False),
+    (64, False): Fused(stages=3, ring=3, registers=208, in_turn=False),
+    (128, False): Fused(stages=2, ring=1, registers=232, in_turn=False),
 }
 
 
@@ -203,14 +205,19 @@ def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> No
     else:
         sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         counters = torch.empty(4, dtype=torch.int32, device=q.device)
-    fused_kernel[(work,)](
+    arguments = (
         descriptor(q, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, 64),
         row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, rows),
         descriptor(dk, 64), descriptor(dv, 64), counters[4:], counters,
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
-        BLOCK_M=rows, D=head_dim, STAGES=config.stages, SUM_STAGES=config.sum_stages, IN_TURN=config.in_turn,
-        REGISTERS=config.registers, num_warps=4,
     )  # fmt: skip
+    constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "IN_TURN": config.in_turn, "num_warps": 4}
+    constants["REGISTERS"] = config.registers
+    if head_dim == 128:
+        fused_kernel[(work,)](*arguments, SUM_STAGES=config.ring, **constants)
+    else:
+        rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
+        fused_narrow_kernel[(work,)](*arguments, SLOPE_STAGES=config.ring, SUM_REGISTERS=rest, **constants)
     tiles = triton.cdiv(n, 64)
     cast_kernel[(tiles * batch * heads,)](
         sums, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles, D=head_dim, ROWS=64, num_warps=4

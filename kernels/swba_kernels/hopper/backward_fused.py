@@ -19,55 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .backward_fused_shared import place, produce, walk_grid
 from .backward_order import await_turn, pass_turn, tma_add
-from .backward_ranges import queries_of, query_walk, turn_of
+from .backward_ranges import queries_of, turn_of
 from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
-from .compat import box, named_sync, tma_load, tma_store, view
-
-
-@gluon.jit
-def _place(i_work, kv_heads, heads_in_all, BLOCK_N: gl.constexpr):
-    """Return (batch row, kv head, first key) of a piece of work: tile by tile, all heads of a tile in a row."""
-    i_kv = i_work % heads_in_all
-    return i_kv // kv_heads, i_kv % kv_heads, i_work // heads_in_all * BLOCK_N
-
-
-@gluon.jit
-def _walk(first, pattern, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Return the query range of a tile of keys, its start on the grid of query tiles, and the range all keys share."""
-    start, stop, all_start, all_stop = query_walk(first, pattern, BLOCK_N)
-    return start // BLOCK_M * BLOCK_M, stop, all_start, all_stop
-
-
-@gluon.jit
-def _produce(inputs, buffers, barriers, i_work, pattern, shape):
-    """Load the keys and values once, then every tile of queries with its terms, head by head."""
-    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, _ = buffers
-    keys_full, full, empty, _, _ = barriers
-    heads, group, kv_in_all = shape
-    STAGES: gl.constexpr = q_smem.shape[0]
-    BLOCK_M: gl.constexpr = q_smem.shape[1]
-    BLOCK_N: gl.constexpr = k_smem.shape[0]
-    D: gl.constexpr = k_smem.shape[1]
-    i_b, i_h, first = _place(i_work, heads // group, kv_in_all, BLOCK_N)
-    start, stop, _, _ = _walk(first, pattern, BLOCK_M, BLOCK_N)
-    mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
-    tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
-    for w in gl.static_range(2):
-        tma_load(v_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(v_smem.index(w), 64, D))
-    stage = 0
-    phase = 1
-    for i_head in range(i_h * group, i_h * group + group):
-        for row in range(start, stop, BLOCK_M):
-            ready = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
-            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
-            tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
-            tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
-            tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
+from .compat import named_sync, tma_store, view
 
 
 @gluon.jit
@@ -93,8 +49,8 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    i_b, i_h, first = _place(i_work, heads // group, kv_in_all, BLOCK_N)
-    start, stop, all_start, all_stop = _walk(first, pattern, BLOCK_M, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
@@ -150,10 +106,9 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
         parity ^= 1
         row += BLOCK_M
         row = gl.where(row < stop, row, start)
-    named_sync(8, 256)
-    k_way_out = view(k_smem, [2, 64, D], gl.NVMMASharedLayout(128, 16, rank=2)).index(WARPGROUP)
-    store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), k_way_out, D)
     store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
+    tma.store_wait(0)
+    store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), v, D)
     tma.store_wait(0)
 
 
@@ -170,8 +125,8 @@ def _add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: gl.constex
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     BOX: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=4)
-    i_b, i_h, first = _place(i_work, heads // group, kv_in_all, BLOCK_N)
-    start, stop, _, _ = _walk(first, pattern, BLOCK_M, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     query_tiles = (n + BLOCK_M - 1) // BLOCK_M
     stage = 0
     phase = 0
@@ -244,7 +199,7 @@ def fused_kernel(
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all)
     gl.warp_specialize([
-        (_produce, (inputs, buffers, barriers, i_work, pattern, shape)),
+        (produce, (inputs, buffers, barriers, i_work, pattern, shape)),
         (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 0)),
         (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 1)),
         (_add, (outputs, buffers, barriers, i_work, pattern, shape, IN_TURN)),

@@ -11,6 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 
+from .compat import cta_barrier
+
 
 @builtin
 def tma_add(desc, coord, src, _semantic=None):
@@ -31,9 +33,17 @@ def await_turn(p_turn, turn):
 
 @gluon.jit
 def pass_turn(p_turn, turn):
-    """Wait until what this warp added is in global memory, then set the counter to `turn`."""
+    """Wait until what this partition added is in global memory, then set the counter to `turn`.
+
+    The warp that issued the additions waits for them, and the others for that warp. Every thread sets the counter: as a
+    maximum, so that a late one cannot set it back.
+    """
     gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; fence.proxy.async; "
-        "st.release.gpu.global.u32 [$1], $2; mov.u32 $0, 0;",
+        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;",
+        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    cta_barrier()
+    gl.inline_asm_elementwise(
+        "red.release.gpu.global.max.u32 [$1], $2; mov.u32 $0, 0;",
         "=r,l,r", [p_turn, turn], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip

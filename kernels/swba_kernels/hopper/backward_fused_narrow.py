@@ -1,0 +1,211 @@
+"""All three gradients in one pass, five matmuls a tile instead of seven, for head dim 64.
+
+A tile of 128 keys stays in shared memory while the queries that see it pass by. A consumer warpgroup owns 64 keys; the
+slopes dS of both go through a ring in shared memory to a third warpgroup, which computes dQ and adds it to a sum in
+global memory. So the consumers never wait for each other. "_t" marks transposed tiles (keys are rows).
+
+Query tiles lie on a fixed grid here, so that a tile of dQ is one place in memory.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .backward_fused_shared import place, produce, walk_grid
+from .backward_order import await_turn, pass_turn, tma_add
+from .backward_ranges import queries_of, turn_of
+from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
+from .compat import cta_barrier, tma_store, view
+
+
+@gluon.jit
+def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGROUP: gl.constexpr):
+    """Fold tile after tile of queries into dk and dv of 64 keys, and hand on dS:
+
+    S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
+    """
+    _, dk_desc, dv_desc, _ = outputs
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, _ = buffers
+    keys_full, full, empty, ds_full, ds_empty = barriers
+    heads, group, kv_in_all = shape
+    DTYPE: gl.constexpr = q_smem.dtype
+    STAGES: gl.constexpr = q_smem.shape[0]
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    D: gl.constexpr = k_smem.shape[1]
+    SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
+    keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    seen_from, seen_to = queries_of(keys, pattern)
+    k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
+    v = v_smem.index(WARPGROUP)
+    dk = gl.zeros([64, D], gl.float32, SUMS)
+    dv = gl.zeros([64, D], gl.float32, SUMS)
+    none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    stage = 0
+    phase = 0
+    slope_stage = 0
+    slope_phase = 1
+    row = start
+    mbarrier.wait(keys_full, 0)
+    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
+        q = q_smem.index(stage)
+        grad = grad_smem.index(stage)
+        edge = (row < all_start) | (row + BLOCK_M > all_stop)
+        mbarrier.wait(full.index(stage), phase)
+        s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+        dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
+        lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
+        s_t = warpgroup_mma_wait(1, deps=(s_t,))
+        p_t = gl.exp2(s_t * scale2 - lse2[None, :])
+        delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
+        dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
+        slope = dp_t - delta[None, :]
+        if edge:
+            queries = row + count_smem.load(COLUMNS)[None, :]
+            visible = (queries >= seen_from[:, None]) & (queries < seen_to[:, None])
+            p_t = gl.where(visible, p_t, 0.0)
+            slope = gl.where(visible, slope, 0.0)
+        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
+        dv = warpgroup_mma(p_operand, grad, dv, is_async=True)
+        ds_t = (p_t * slope).to(DTYPE)
+        dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
+        mbarrier.wait(ds_empty.index(slope_stage), slope_phase)
+        ds_smem.index(slope_stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(slope_stage), count=1)
+        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+        slope_stage, slope_phase = next_stage(slope_stage, slope_phase, SLOPE_STAGES)
+        row += BLOCK_M
+        row = gl.where(row < stop, row, start)
+    store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
+    tma.store_wait(0)
+    store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), v, D)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _fold_and_add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: gl.constexpr):
+    """Compute dQ = dS K of tile after tile and add it to the sums in global memory.
+
+    In turn, the first tile of keys writes instead, and a turn is passed on one tile late, when the copy has ended.
+    """
+    sum_desc, _, _, p_turns = outputs
+    q_smem, _, k_smem, _, _, _, _, ds_smem, dq_smem = buffers
+    keys_full, _, _, ds_full, ds_empty = barriers
+    n, _, _, _, _ = pattern
+    heads, group, kv_in_all = shape
+    SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    D: gl.constexpr = k_smem.shape[1]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    BOX: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=4)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
+    query_tiles = (n + BLOCK_M - 1) // BLOCK_M
+    none = gl.zeros([BLOCK_M, D], gl.float32, SUMS)
+    way_out = view(dq_smem, [1, 1, BLOCK_M, D], BOX)
+    stage = 0
+    phase = 0
+    p_last = p_turns
+    last_turn = 0
+    mbarrier.wait(keys_full, 0)
+    for i_head in range(i_h * group, i_h * group + group):
+        for row in range(start, stop, BLOCK_M):
+            mbarrier.wait(ds_full.index(stage), phase)
+            dq = warpgroup_mma(ds_smem.index(stage).permute((1, 0)), k_smem, none, use_acc=False, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            mbarrier.arrive(ds_empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, SLOPE_STAGES)
+            if IN_TURN:
+                pass_turn(p_last, last_turn)
+            tma.store_wait(0)
+            cta_barrier()
+            dq_smem.store(dq)
+            fence_async_shared()
+            cta_barrier()
+            if IN_TURN:
+                turn = turn_of(first, row, pattern, BLOCK_N, BLOCK_M)
+                p_last = p_turns + (i_b * heads + i_head) * query_tiles + row // BLOCK_M
+                await_turn(p_last, turn)
+                last_turn = turn + 1
+                if turn == 0:
+                    tma_store(sum_desc, [i_b, i_head, row, 0], way_out)
+                else:
+                    tma_add(sum_desc, [i_b, i_head, row, 0], way_out)
+            else:
+                tma_add(sum_desc, [i_b, i_head, row, 0], way_out)
+    tma.store_wait(0)
+    if IN_TURN:
+        pass_turn(p_last, last_turn)
+
+
+@gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all"])
+def fused_narrow_kernel(
+    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc, dk_desc, dv_desc, p_turns, p_ticket,
+    scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOPE_STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+    REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
+
+    In turn, a program waits for those that own earlier keys. So work is handed out by a counter, in that order: whoever
+    is waited for has started, whatever the order in which the GPU starts programs.
+    """
+    BLOCK_N: gl.constexpr = 128
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_N, D], TILE)
+    v_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 64, D], TILE)
+    q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
+    grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
+    ds_smem = gl.allocate_shared_memory(k_desc.dtype, [SLOPE_STAGES, BLOCK_N, BLOCK_M], TILE)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M, D], gl.NVMMASharedLayout(128, 32, rank=2))
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
+    count_smem = counting(BLOCK_M)
+    keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [SLOPE_STAGES, 1], BARRIER)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [SLOPE_STAGES, 1], BARRIER)
+    mbarrier.init(keys_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(SLOPE_STAGES):
+        mbarrier.init(ds_full.index(i), count=2)
+        mbarrier.init(ds_empty.index(i), count=1)
+    fence_async_shared()
+    if IN_TURN:
+        i_work = gl.atomic_add(p_ticket, 1)
+    else:
+        i_work = gl.program_id(0)
+    inputs = (q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
+    outputs = (sum_desc, dk_desc, dv_desc, p_turns)
+    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem)
+    barriers = (keys_full, full, empty, ds_full, ds_empty)
+    pattern = (n, block_size, window, sink, grid_start)
+    shape = (heads, group, kv_in_all)
+    gl.warp_specialize([
+        (produce, (inputs, buffers, barriers, i_work, pattern, shape)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 0)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 1)),
+        (_fold_and_add, (outputs, buffers, barriers, i_work, pattern, shape, IN_TURN)),
+    ], [4, 4, 4], [REGISTERS, REGISTERS, SUM_REGISTERS])  # fmt: skip
