@@ -151,7 +151,8 @@ class WanTransformer(nn.Module):
     """Predict the flow from noisy latents to noise, given the past and a prompt.
 
     Attributes that the engine reads: `layers`, `kv_heads`, `head_dim`. The prompt is lane state: write what
-    `encode_prompt` returns with `engine.set_state` before the first step; a reset lane has none.
+    `encode_prompt` returns with `engine.set_state` before the first step; a reset lane has none. `place` moves a model
+    and casts what may be cast; give the engine no dtype, which would cast all of it.
     """
 
     def __init__(self, config: WanConfig) -> None:

@@ -119,6 +119,23 @@ def test_a_truncated_pickle_is_refused(pickled, tmp_path, cut):
         convert(pickled, tmp_path / "out")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pickle_is_refused_or_read_but_never_breaks(tmp_path, ema, zipped):
+    torch.save(official(ema), tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "a.pt").read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for i, place in enumerate(torch.randint(0, 3000, (40,), generator=generator).tolist()):
+        damaged = bytearray(whole)
+        damaged[place : place + 4] = b"\xff\x00R."
+        (tmp_path / "b.pt").write_bytes(damaged)
+        try:
+            convert(tmp_path / "b.pt", tmp_path / f"out{i}")
+        except CheckpointError:
+            refused += 1
+    assert refused > 20
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

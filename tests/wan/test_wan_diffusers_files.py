@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers_wan import SIZES, random_reference
@@ -42,3 +46,12 @@ def test_names_are_those_of_diffusers_own_converter():
 
     tensors = random_reference(seed=6).state_dict()
     assert same(convert_wan_transformer_to_diffusers(official(tensors)), tensors)
+
+
+def test_diffusers_and_transformers_import_beside_our_kernels_folder():
+    """Both import a package called `kernels` if they find one; ours must not look like it."""
+    pytest.importorskip("transformers", reason="needs the extra [wan]")
+    root = Path(__file__).parent.parent.parent
+    code = "from diffusers import AutoencoderKLWan, WanTransformer3DModel; from transformers import UMT5EncoderModel"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
