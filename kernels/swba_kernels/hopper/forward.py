@@ -167,19 +167,18 @@ def forward(
     config = config or choose_config(head_dim, min(block_size, n), ring is not None)
     weighed = (window, sink) if ring is None else (0, 0)
     plan = plan_forward(n, block_size, *weighed, grid_start, config.groups * 64)
-    ring_k, ring_v = (k, v) if ring is None else (ring.k, ring.v)
-    position = lse if ring is None else ring.position
-    lanes = position if ring is None or ring.lanes is None else ring.lanes
+    rows = config.columns
+    rings = (None, None) if ring is None else (descriptor(ring.k, rows), descriptor(ring.v, rows))
+    position, lanes, ring_window = (None, None, 1) if ring is None else (*ring[2:], ring.k.shape[2] - sink)
     items = batch * heads * plan.tiles
     ctas = min(multiprocessors(q.device), items)
     _forward[(ctas,)](
-        descriptor(q, 64), descriptor(k, config.columns), descriptor(v, config.columns), descriptor(out, 64),
-        descriptor(ring_k, config.columns), descriptor(ring_v, config.columns),
+        descriptor(q, 64), descriptor(k, rows), descriptor(v, rows), descriptor(out, 64), *rings,
         out, lse, position, lanes, *out.stride()[:3], max(scale * LOG2E, 1e-30),
-        heads, heads // k.shape[1], n, block_size, window, sink, grid_start, ring_k.shape[2] - sink,
+        heads, heads // k.shape[1], n, block_size, window, sink, grid_start, ring_window,
         batch * heads * plan.heavy, batch * heads * plan.per_block, *plan, items // ctas, items % ctas,
         GROUPS=config.groups, COLUMNS=config.columns, D=head_dim, STAGES=config.stages, Q_STAGES=config.q_stages,
         REGISTERS=config.registers, TURNS=config.turns,
-        SINKS=sink > 0, RING=ring is not None, LANES=ring is not None and ring.lanes is not None, num_warps=4,
+        SINKS=sink > 0, RING=ring is not None, LANES=lanes is not None, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -30,9 +30,12 @@ def next_weights(s, top, total, scale2):
 
 @gluon.constexpr_function
 def _rescale_asm(n):
-    """PTX that multiplies n registers of a thread (two rows: registers 4i and 4i+1, 4i+2 and 4i+3) unless both factors
-    are one in the whole warp. Operands: n results, n factors, n old values tied to the results."""
-    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${n + i // 2 % 2 * 2};" for i in range(n))
+    """PTX that multiplies n registers of a thread unless all factors are one in the whole warp.
+
+    The registers belong to two rows: 0 and 1, 4 and 5, ... to one, 2 and 3, 6 and 7, ... to the other. Operands: n
+    results, n factors, n old values tied to the results.
+    """
+    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${n + i};" for i in range(n))
     return (
         "{ .reg .pred q; "
         f"setp.neu.f32 q, ${n}, 0f3F800000; @!q setp.neu.f32 q, ${n + 2}, 0f3F800000; "
