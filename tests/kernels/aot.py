@@ -1,7 +1,8 @@
 """Ahead-of-time compiles of Triton kernels, without a GPU: what a kernel needs of registers, spills and shared memory.
 
-A kernel is described by a `Case`: its jit function, the type of each runtime argument and its constants. Kernels of
-other modules join by adding cases to the table in test_aot.py.
+Two ways. A `Case` describes one kernel: its jit function, the type of each runtime argument and its constants; kernels
+join by adding cases to the table in test_aot.py. `compile_launches` calls the host code on tensors without memory and
+compiles what it would launch, with the very signature, descriptors and constants of the launch.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -57,11 +61,77 @@ def compile_case(case: Case, arch: int) -> Report:
         case.kernel, signature, {(names.index(x),): value for x, value in case.constants.items()}, attributes
     )
     options = {"num_warps": case.warps, "num_stages": case.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return _report(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
+
+
+def _report(compiled: Any) -> Report:
     registers, spills = resources(compiled.asm["cubin"])
     return Report(registers, spills, compiled.metadata.shared, compiled.asm["ptx"])
 
 
+class _NoGpu:
+    """A driver that knows its target and nothing else: enough to compile, too little to launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launches(
+    call: Callable[[], object], arch: int = 90, multiprocessors: int = 132
+) -> list[tuple[str, Report]]:
+    """Run `call`, whose tensors live on the meta device; return (kernel, report) of each launch it would make.
+
+    The host code believes to be on a GPU of `multiprocessors` multiprocessors. Addresses of meta tensors are 0, thus
+    aligned as those of torch's allocator.
+    """
+    import torch
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    with (
+        mock.patch.object(driver, "_active", _NoGpu(arch)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
+    ):
+        call()
+    return [(name, _report(compiled)) for name, compiled in launches]
+
+
+@cache
+def assembler_warnings(ptx: str) -> list[str]:
+    """Assemble for sm_90 once more and return the warnings, serialised wgmma (C75..) among them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder, "kernel.cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (done.stdout + done.stderr).splitlines()
+    return [line for line in lines if re.search(r"\bC7\d\d\d\b", line)]
+
+
+@cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """Return (registers, stack bytes) per thread of the only kernel in a cubin."""
     import triton
@@ -70,7 +140,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     return int(found[1]), int(found[2])

@@ -1,0 +1,120 @@
+"""Every Hopper kernel that the benchmark's shapes launch compiles, without a GPU, within the limits of sm_90.
+
+`make aot` runs this under each pinned Triton. B batch or lanes, H heads, N tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from aot import SHARED_LIMIT, Report, assembler_warnings, compile_launches
+
+from swba_infer.bench.shapes import SETS, Shape
+from swba_kernels.hopper.supports import build_obstacle
+
+pytestmark = pytest.mark.gluon
+
+NO_MATMUL = {"combine", "row_terms_kernel", "cast_kernel"}
+
+# Bytes a thread may spill, by Triton version and kernel: what was found when they were recorded. None elsewhere.
+SPILLS = {
+    "3.6": {"fused_kernel": 96},  # head dim 128, not deterministic: four partitions share the registers
+    "3.7": {"fused_kernel": 96},
+    "3.9": {"fused_kernel": 96, "_forward": 144, "decode_persistent": 152},
+}
+
+
+def empty(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return [B, H, N, D] as a view of [B, N, H, D] without memory, as models make it."""
+    b, h, n, d = sizes
+    return torch.empty(b, n, h, d, dtype=dtype, device="meta").transpose(1, 2)
+
+
+def rows(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.int64, device="meta")
+
+
+def train(shape: Shape) -> None:
+    from swba_kernels.hopper.backward import backward
+    from swba_kernels.hopper.forward import forward
+
+    dtype, n, kv_heads = getattr(torch, shape.dtype), shape.tokens, shape.kv_heads or shape.heads
+    q = empty(shape.batch, shape.heads, n, shape.head_dim, dtype=dtype)
+    k, v = (empty(shape.batch, kv_heads, n, shape.head_dim, dtype=dtype) for _ in range(2))
+    p = shape.pattern
+    options = {"block_size": p.block_size, "window": p.window, "sink": p.sink, "grid_start": p.grid_start}
+    out, lse = forward(q, k, v, scale=0.1, **options)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    for deterministic in (True, False):
+        grads = backward(torch.empty_like(q), q, k, v, out, lse, scale=0.1, deterministic=deterministic, **options)
+        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+
+
+def stream(shape: Shape, lanes: torch.Tensor | None = None) -> None:
+    from swba_kernels.hopper.decode import decode
+
+    dtype, kv_heads = getattr(torch, shape.dtype), shape.kv_heads or shape.heads
+    q = empty(shape.batch, shape.heads, shape.tokens, shape.head_dim, dtype=dtype)
+    ring = torch.empty(shape.batch, kv_heads, shape.keys, shape.head_dim, dtype=dtype, device="meta")
+    out, lse = decode(q, ring, ring, rows(shape.batch), lanes, scale=0.1)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+
+
+def prefill(head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | None) -> None:
+    from swba_kernels.hopper.forward import forward
+    from swba_kernels.portable.forward import Ring
+
+    q = empty(2, 8, 3 * block_size, head_dim, dtype=torch.bfloat16)
+    k = empty(2, 4, 3 * block_size, head_dim, dtype=torch.bfloat16)
+    ring = torch.empty(3, 4, sink + 4 * block_size, head_dim, dtype=torch.bfloat16, device="meta")
+    options = {"block_size": block_size, "window": 4 * block_size, "sink": sink, "grid_start": 0}
+    forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(2), lanes), **options)
+
+
+PREFILLS = [
+    (64, 64, 0, True),
+    (64, 256, 100, True),
+    (64, 333, 0, False),
+    (128, 64, 100, False),
+    (128, 256, 0, True),
+    (128, 1560, 100, True),
+]
+
+
+def check(launches: list[tuple[str, Report]]) -> None:
+    import triton
+
+    allowed = SPILLS.get(".".join(triton.__version__.split(".")[:2]), {})
+    assert launches
+    for name, report in launches:
+        assert report.shared <= SHARED_LIMIT[90], name
+        assert report.spills <= allowed.get(name, 0), f"{name}: {report.spills} bytes a thread"
+        if name not in NO_MATMUL:
+            assert "wgmma.mma_async" in report.ptx, name
+            assert "cp.async.bulk.tensor" in report.ptx, name
+            assert not assembler_warnings(report.ptx), name
+
+
+def test_this_triton_can_build_the_kernels() -> None:
+    assert build_obstacle() is None
+
+
+@pytest.mark.parametrize("shape", SETS["training"] + SETS["odd-training"], ids=lambda shape: shape.name)
+def test_training_kernels(shape: Shape) -> None:
+    launches = compile_launches(lambda: train(shape))
+    assert {name for name, _ in launches} > {"_forward"}
+    check(launches)
+
+
+@pytest.mark.parametrize("shape", SETS["decode"] + SETS["odd-decode"], ids=lambda shape: shape.name)
+def test_decode_kernels(shape: Shape) -> None:
+    launches = compile_launches(lambda: stream(shape)) + compile_launches(lambda: stream(shape, rows(shape.batch)))
+    assert {name for name, _ in launches} & {"decode_persistent", "decode_small"}
+    check(launches)
+
+
+@pytest.mark.parametrize(("head_dim", "block_size", "sink", "lanes"), PREFILLS)
+def test_prefill_kernels(head_dim: int, block_size: int, sink: int, lanes: bool) -> None:
+    launches = compile_launches(lambda: prefill(head_dim, block_size, sink, rows(2) if lanes else None))
+    assert [name for name, _ in launches] == ["_forward"]
+    check(launches)
