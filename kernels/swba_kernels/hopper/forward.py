@@ -108,7 +108,7 @@ class Config(NamedTuple):
 
 CONFIGS = {
     128: (Config(2, 128, 2, 2, 240, False),),
-    64: (Config(3, 128, 3, 2, 160, True), Config(4, 64, 4, 2, 112, False)),
+    64: (Config(3, 128, 3, 2, 160, True), Config(4, 64, 3, 2, 112, True)),
 }
 
 
