@@ -46,13 +46,13 @@ class Split(NamedTuple):
 class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
-    Pipeline stages of the queries, and of what goes to those who add (dQ at head dim 128, dS at 64), registers of a
-    consumer's thread, and whether programs add in turn (by key, so that the sums have the same bits every time) or as
-    they come.
+    Pipeline stages of the queries and (at head dim 64) of dS on its way to the warpgroup that makes dQ of it, registers
+    of a consumer's thread, and whether programs add in turn (by key, so that the sums have the same bits every time) or
+    as they come.
     """
 
     stages: int
-    ring: int
+    slope_stages: int
     registers: int
     in_turn: bool
 
@@ -61,8 +61,8 @@ class Fused(NamedTuple):
 CONFIGS: dict[tuple[int, bool], Split | Fused] = {
     (64, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 128, 3, 240)),
     (128, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
-    (64, False): Fused(stages=3, ring=3, registers=208, in_turn=False),
-    (128, False): Fused(stages=2, ring=1, registers=232, in_turn=False),
+    (64, False): Fused(stages=3, slope_stages=3, registers=208, in_turn=False),
+    (128, False): Fused(stages=2, slope_stages=2, registers=240, in_turn=False),
 }
 
 
@@ -214,10 +214,10 @@ def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> No
     constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "IN_TURN": config.in_turn, "num_warps": 4}
     constants["REGISTERS"] = config.registers
     if head_dim == 128:
-        fused_kernel[(work,)](*arguments, SUM_STAGES=config.ring, **constants)
+        fused_kernel[(work,)](*arguments, **constants)
     else:
         rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
-        fused_narrow_kernel[(work,)](*arguments, SLOPE_STAGES=config.ring, SUM_REGISTERS=rest, **constants)
+        fused_narrow_kernel[(work,)](*arguments, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants)
     tiles = triton.cdiv(n, 64)
     cast_kernel[(tiles * batch * heads,)](
         sums, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles, D=head_dim, ROWS=64, num_warps=4

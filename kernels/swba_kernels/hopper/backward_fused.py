@@ -19,11 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_fused_shared import place, produce, walk_grid
 from .backward_order import await_turn, pass_turn, tma_add
-from .backward_ranges import queries_of, turn_of
+from .backward_ranges import place, queries_of, turn_of, walk_grid
 from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
-from .compat import named_sync, tma_store, view
+from .compat import box, named_sync, tma_load, tma_store, view
 
 
 @gluon.jit
@@ -43,7 +42,6 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     HALF: gl.constexpr = D // 2
-    SUM_STAGES: gl.constexpr = dq_smem.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -62,15 +60,13 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     no_sum = gl.zeros([BLOCK_M, HALF], gl.float32, HALVES)
     stage = 0
     phase = 0
-    sum_stage = 0
     sum_phase = 1
-    parity = 0
     row = start
     mbarrier.wait(keys_full, 0)
     for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
         q = q_smem.index(stage)
         grad = grad_smem.index(stage)
-        ds_both = ds_smem.index(parity)
+        ds_both = ds_smem.index(stage)
         edge = (row < all_start) | (row + BLOCK_M > all_stop)
         mbarrier.wait(full.index(stage), phase)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -95,15 +91,14 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
         dq = warpgroup_mma(ds_both.permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
         dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        mbarrier.wait(dq_empty.index(sum_stage), sum_phase)
-        dq_smem.index(sum_stage).slice(WARPGROUP * HALF, HALF, dim=1).store(dq)
+        mbarrier.wait(dq_empty, sum_phase)
+        dq_smem.slice(WARPGROUP * HALF, HALF, dim=1).store(dq)
         fence_async_shared()
-        mbarrier.arrive(dq_full.index(sum_stage), count=1)
+        mbarrier.arrive(dq_full, count=1)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
-        sum_stage, sum_phase = next_stage(sum_stage, sum_phase, SUM_STAGES)
-        parity ^= 1
+        sum_phase ^= 1
         row += BLOCK_M
         row = gl.where(row < stop, row, start)
     store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
@@ -113,49 +108,85 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
 
 
 @gluon.jit
-def _add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: gl.constexpr):
-    """Add tile after tile of dQ to the sums in global memory; in turn, the first tile of keys writes instead."""
+def _next_tile(i_head, row, start, stop, BLOCK_M: gl.constexpr):
+    """Step to the next tile of queries, head by head."""
+    row += BLOCK_M
+    if row >= stop:
+        row = start
+        i_head += 1
+    return i_head, row
+
+
+@gluon.jit
+def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: gl.constexpr):
+    """Load the keys and values once, then every tile of queries with its terms, and add the tiles of dQ as they come.
+
+    A buffer is loaded again right after what was made of it has been added. In turn, the first tile of keys writes
+    instead of adding.
+    """
+    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
     sum_desc, _, _, p_turns = outputs
-    q_smem, _, k_smem, _, _, _, _, _, dq_smem = buffers
-    _, _, _, dq_full, dq_empty = barriers
-    n, _, _, _, _ = pattern
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, dq_smem = buffers
+    keys_full, full, empty, dq_full, dq_empty = barriers
     heads, group, kv_in_all = shape
-    SUM_STAGES: gl.constexpr = dq_smem.shape[0]
+    STAGES: gl.constexpr = q_smem.shape[0]
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
-    BOX: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=4)
     i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
-    query_tiles = (n + BLOCK_M - 1) // BLOCK_M
+    mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
+    tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
+    for w in gl.static_range(2):
+        tma_load(v_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(v_smem.index(w), 64, D))
+    count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
+    way_out = view(dq_smem, [1, 1, BLOCK_M, D], gl.NVMMASharedLayout(128, 32, rank=4))
     stage = 0
-    phase = 0
-    for i_head in range(i_h * group, i_h * group + group):
-        for row in range(start, stop, BLOCK_M):
-            source = view(dq_smem.index(stage), [1, 1, BLOCK_M, D], BOX)
-            mbarrier.wait(dq_full.index(stage), phase)
+    phase = 1
+    sum_phase = 0
+    i_head = i_h * group
+    row = start
+    i_added = i_head
+    added = start
+    p_turn = p_turns
+    turn = -1
+    for j in range(count + STAGES):
+        if j >= STAGES:
+            mbarrier.wait(dq_full, sum_phase)
+            sum_phase ^= 1
             if IN_TURN:
-                turn = turn_of(first, row, pattern, BLOCK_N, BLOCK_M)
-                p_turn = p_turns + (i_b * heads + i_head) * query_tiles + row // BLOCK_M
+                turn = turn_of(first, added, pattern, BLOCK_N, BLOCK_M)
+                query_tiles = (pattern[0] + BLOCK_M - 1) // BLOCK_M
+                p_turn = p_turns + (i_b * heads + i_added) * query_tiles + added // BLOCK_M
                 await_turn(p_turn, turn)
                 if turn == 0:
-                    tma_store(sum_desc, [i_b, i_head, row, 0], source)
+                    tma_store(sum_desc, [i_b, i_added, added, 0], way_out)
                 else:
-                    tma_add(sum_desc, [i_b, i_head, row, 0], source)
+                    tma_add(sum_desc, [i_b, i_added, added, 0], way_out)
             else:
-                tma_add(sum_desc, [i_b, i_head, row, 0], source)
+                tma_add(sum_desc, [i_b, i_added, added, 0], way_out)
             tma.store_wait(0)
-            mbarrier.arrive(dq_empty.index(stage), count=1)
-            if IN_TURN:
-                pass_turn(p_turn, turn + 1)
-            stage, phase = next_stage(stage, phase, SUM_STAGES)
+            mbarrier.arrive(dq_empty, count=1)
+            i_added, added = _next_tile(i_added, added, start, stop, BLOCK_M)
+        if j < count:
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
+            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+            tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
+            tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
+            tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
+            i_head, row = _next_tile(i_head, row, start, stop, BLOCK_M)
+        if IN_TURN:
+            pass_turn(p_turn, turn + 1)
 
 
 @gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all"])
 def fused_kernel(
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc, dk_desc, dv_desc, p_turns, p_ticket,
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SUM_STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
@@ -170,23 +201,22 @@ def fused_kernel(
     v_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 64, D], TILE)
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
-    ds_smem = gl.allocate_shared_memory(k_desc.dtype, [2, BLOCK_N, BLOCK_M], TILE)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [SUM_STAGES, BLOCK_M, D], gl.NVMMASharedLayout(128, 32, rank=2))
+    ds_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, BLOCK_M], TILE)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M, D], gl.NVMMASharedLayout(128, 32, rank=2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    dq_full = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], BARRIER)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     mbarrier.init(keys_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(SUM_STAGES):
-        mbarrier.init(dq_full.index(i), count=2)
-        mbarrier.init(dq_empty.index(i), count=1)
+    mbarrier.init(dq_full, count=2)
+    mbarrier.init(dq_empty, count=1)
     fence_async_shared()
     if IN_TURN:
         i_work = gl.atomic_add(p_ticket, 1)
@@ -199,8 +229,7 @@ def fused_kernel(
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all)
     gl.warp_specialize([
-        (produce, (inputs, buffers, barriers, i_work, pattern, shape)),
+        (_copy, (inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN)),
         (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 0)),
         (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 1)),
-        (_add, (outputs, buffers, barriers, i_work, pattern, shape, IN_TURN)),
-    ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+    ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

@@ -19,11 +19,41 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_fused_shared import place, produce, walk_grid
 from .backward_order import await_turn, pass_turn, tma_add
-from .backward_ranges import queries_of, turn_of
+from .backward_ranges import place, queries_of, turn_of, walk_grid
 from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
-from .compat import cta_barrier, tma_store, view
+from .compat import box, cta_barrier, tma_load, tma_store, view
+
+
+@gluon.jit
+def _produce(inputs, buffers, barriers, i_work, pattern, shape):
+    """Load the keys and values once, then every tile of queries with its terms, head by head."""
+    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, _ = buffers
+    keys_full, full, empty, _, _ = barriers
+    heads, group, kv_in_all = shape
+    STAGES: gl.constexpr = q_smem.shape[0]
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    D: gl.constexpr = k_smem.shape[1]
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
+    mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
+    tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
+    for w in gl.static_range(2):
+        tma_load(v_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(v_smem.index(w), 64, D))
+    stage = 0
+    phase = 1
+    for i_head in range(i_h * group, i_h * group + group):
+        for row in range(start, stop, BLOCK_M):
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
+            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+            tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
+            tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
+            tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -204,7 +234,7 @@ def fused_narrow_kernel(
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all)
     gl.warp_specialize([
-        (produce, (inputs, buffers, barriers, i_work, pattern, shape)),
+        (_produce, (inputs, buffers, barriers, i_work, pattern, shape)),
         (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 0)),
         (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 1)),
         (_fold_and_add, (outputs, buffers, barriers, i_work, pattern, shape, IN_TURN)),

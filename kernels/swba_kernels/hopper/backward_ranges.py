@@ -96,3 +96,17 @@ def turn_of(first, row, pattern, KEYS: gl.constexpr, ROWS: gl.constexpr):
     sink_tiles = gl.minimum(walk[1], window_tile)
     tile = first // KEYS
     return gl.where(tile < window_tile, tile, tile - window_tile + sink_tiles)
+
+
+@gluon.jit
+def place(i_work, kv_heads, heads_in_all, BLOCK_N: gl.constexpr):
+    """Return (batch row, kv head, first key) of a piece of work: tile by tile, all B * Hkv heads of a tile in a row."""
+    i_kv = i_work % heads_in_all
+    return i_kv // kv_heads, i_kv % kv_heads, i_work // heads_in_all * BLOCK_N
+
+
+@gluon.jit
+def walk_grid(first, pattern, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Return the query range of a tile of keys, its start on the grid of query tiles, and the range all keys share."""
+    start, stop, all_start, all_stop = query_walk(first, pattern, BLOCK_N)
+    return start // BLOCK_M * BLOCK_M, stop, all_start, all_stop
