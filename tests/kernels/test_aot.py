@@ -15,7 +15,7 @@ from portable_cases import forward_case, gradient_case, row_terms_case
 
 from swba_kernels.portable.tiles import choose_tile
 
-CAPABILITY = {80: (8, 0), 86: (8, 6), 90: (9, 0), 100: (10, 0)}
+CAPABILITY = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 100: (10, 0)}
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -36,6 +36,9 @@ def table() -> list[tuple[int, Case, int]]:
         rows += [(arch, tiled(kernel, 256, "bf16", arch), 256) for kernel in ("forward", "dkv", "dq")]
         rows += [(arch, tiled("forward", 128, "bf16", arch, ring=True), 256), (arch, row_terms_case(128, "bf16"), 0)]
     rows += [(86, tiled(kernel, d, "bf16", 86), 256) for kernel in ("forward", "dkv", "dq") for d in (64, 128, 256)]
+    rows += [(86, tiled(kernel, d, "fp32", 86), 512) for kernel in ("forward", "dkv", "dq") for d in (64, 128, 256)]
+    rows += [(86, tiled("forward", d, dtype, 86, ring=True), 512) for d in (128, 256) for dtype in ("bf16", "fp32")]
+    rows += [(89, tiled(kernel, d, "bf16", 89), 256) for kernel in ("forward", "dkv", "dq") for d in (64, 128)]
     rows += [(90, tiled(kernel, d, "fp32", 90), 512) for kernel in ("forward", "dkv", "dq") for d in (64, 128, 256)]
     rows += [(90, tiled(kernel, 80, "fp16", 90, group=4), 400) for kernel in ("forward", "dkv", "dq")]
     return rows

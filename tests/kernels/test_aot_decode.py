@@ -53,6 +53,8 @@ def table() -> list[tuple[int, Case, int]]:
     rows += [(90, decode_case(90, 256, "fp16", 9999), 192), (90, decode_case(90, 128, "fp32", 9999), 128)]
     rows += [(90, decode_case(90, 40, "bf16", 10, split=False), 0)]
     rows += [(arch, decode_case(arch, d, "bf16", 9999), 256) for arch in (80, 86, 100) for d in (64, 128, 256)]
+    rows += [(86, decode_case(86, d, "fp32", 9999), 256) for d in (64, 128, 256)]
+    rows += [(89, decode_case(89, d, "bf16", 9999), 256) for d in (64, 128)]
     for arch in (80, 90, 100):
         rows += [(arch, case_of("combine", decode._combine_kernel, "bf16", small | {"BLOCK_R": 16}), 0)]
         constants = small | {"BLOCK_N": 32, "HAS_LANES": True}
