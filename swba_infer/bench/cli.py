@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from . import attention, stream
+from . import attention, stream, wan_vae
 
 EXAMPLES = """examples:
   swba-infer bench attention --out docs/benchmarks/attention.json
   swba-infer bench attention --shapes decode --peers sdpa-cudnn,sdpa-flash
   swba-infer bench stream --model freedoom --frames 2000 --out docs/benchmarks/stream.json
+  swba-infer bench wan-vae --out docs/benchmarks/wan_vae.json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the two benchmarks and their options."""
+    """Declare the benchmarks and their options."""
     subparsers = parser.add_subparsers(metavar="WHAT", title="benchmarks", required=True)
-    modules: dict[str, Any] = {"attention": attention, "stream": stream}
+    modules: dict[str, Any] = {"attention": attention, "stream": stream, "wan-vae": wan_vae}
     for name, module in modules.items():
         subparser = subparsers.add_parser(
             name,

@@ -10,7 +10,7 @@ B batch, C latent channels, F latent frames, h, w latent rows and columns; T pix
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,15 +74,14 @@ class WanVAE:
         self.device, self.dtype = module.post_quant_conv.weight.device, module.post_quant_conv.weight.dtype
         self.frames_at_once = frames_at_once
         on_gpu = self.device.type == "cuda"
-        self._format = torch.channels_last_3d if channels_last or (channels_last is None and on_gpu) else None
-        if self._format:
+        innermost = on_gpu if channels_last is None else channels_last
+        self._format = torch.channels_last_3d if innermost else torch.contiguous_format
+        if innermost:
             _lay_channels_last(self.module)
         self._mean, self._std = (self._statistics(name) for name in ("latents_mean", "latents_std"))
         if not bool((self._std > 0).all()):
             raise ConfigError(f"latents_std: expected positive numbers, got {list(config.latents_std)}")
-        self._decode_next = (
-            torch.compile(self._decode_more, dynamic=False, fullgraph=True) if compile else self._decode_more
-        )
+        self._decode_next = _compile(self._decode_more) if compile else self._decode_more
         self._layout: list[tuple[int, int]] | None = None
 
     @classmethod
@@ -133,6 +132,7 @@ class WanVAE:
                 parts, start = [first], 1
             for i in range(start, z.shape[2], self.frames_at_once):
                 part, features = self._decode_next(self.arrange(z[:, :, i : i + self.frames_at_once]), features)
+                features = [self.arrange(_without_surroundings(feature)) for feature in features]
                 parts.append(part)
             frames = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
             return frames, FeatureCache(cache.frames + z.shape[2], tuple(features))
@@ -197,14 +197,25 @@ class WanVAE:
         """Decode further latent frames [B, C, F, h, w]; the tensors of `features` are only read."""
         kept = list(features)
         out = self.module.decoder(z, feat_cache=kept, feat_idx=[0])
-        return self._finish(out), [self.arrange(feature) for feature in kept]
+        return self._finish(out), [feature.contiguous(memory_format=self._format) for feature in kept]
 
     def _finish(self, out: Tensor) -> Tensor:
         return unfold_patches(out, self.patch).clamp(-1, 1)
 
     def arrange(self, x: Tensor) -> Tensor:
-        """Return x in the memory layout of the features, copied only if it is not."""
-        return x.contiguous(memory_format=self._format or torch.contiguous_format)
+        """Return x [B, C, F, h, w] in the memory layout of the features, copied only if it is in another.
+
+        The strides of sizes of one, which layouts leave open, are set too: a compiled graph is chosen by all strides.
+        """
+        x = x.contiguous(memory_format=self._format)
+        _, channels, frames, height, width = x.shape
+        if self._format is torch.channels_last_3d:
+            column = channels
+            strides = (frames * height * width * column, 1, height * width * column, width * column, column)
+        else:
+            plane = height * width
+            strides = (channels * frames * plane, frames * plane, plane, width, 1)
+        return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
     def _statistics(self, name: str) -> Tensor:
         values = torch.tensor(self.module.config[name], dtype=torch.float32, device=self.device)
@@ -267,6 +278,22 @@ def _check_video(name: str, x: Any, expected: list[int | str]) -> None:
     fits = x.ndim == 5 and all(isinstance(e, str) or e == size for e, size in zip(expected, x.shape, strict=True))
     if not fits or not x.is_floating_point() or x.numel() == 0:
         raise StreamStateError(f"{name}: expected floating {expected}, got {x.dtype} {list(x.shape)}")
+
+
+def _without_surroundings(x: Tensor) -> Tensor:
+    """Return x, copied if it is part of a larger buffer that it would keep alive."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile for fixed sizes, as one graph.
+
+    Inductor must not reuse buffers. It writes some features straight into the input of a convolution; the copy that is
+    returned is then made in place, as a view of that input, whose memory torch 2.13 gives to a later kernel. Without
+    reuse the buffers are freed all the same.
+    """
+    options = {"allow_buffer_reuse": False, "inplace_buffers": False}
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 def _lay_channels_last(module: torch.nn.Module) -> None:
