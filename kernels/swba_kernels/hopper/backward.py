@@ -139,7 +139,7 @@ def _sum_descriptor(address: int, shape: torch.Size, strides: tuple[int, ...], r
 
 def copyable(x: Tensor) -> Tensor:
     """Return x itself when a TMA descriptor can describe it, else a contiguous copy."""
-    return x if tma_strides(x) and x.data_ptr() % 16 == 0 else x.contiguous()
+    return x if tma_strides(x) and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "n", "tiles"])
