@@ -15,6 +15,11 @@ PARTS_AT_ONCE = 8
 ROWS = 16  # query rows of a program
 
 
+def room(parts: int) -> int:
+    """Return the constant MAX_PARTS of the kernel for tiles of at most `parts` parts: one of two variants."""
+    return PARTS_AT_ONCE if parts <= PARTS_AT_ONCE else MAX_PARTS
+
+
 @triton.jit(do_not_specialize=["heads", "n", "stride_ob", "stride_oh", "stride_on"])
 def combine(
     p_part, p_part_lse, p_out, p_lse, p_merges, heads, n, stride_ob, stride_oh, stride_on,
@@ -22,7 +27,8 @@ def combine(
 ):  # fmt: skip
     """Own ROWS rows of a query tile and add up its parts in increasing order, AT_ONCE loads under way at a time.
 
-    A part without keys has the log-sum-exp -inf and no output. Parts of short rings may all but one be such.
+    A part without keys has the log-sum-exp -inf and no output. Parts of short rings may all but one be such. The loads
+    depend on nothing that is loaded, so that they share one wait: past the last part they read it again.
     """
     p_merge = p_merges + tl.program_id(0) * FIELDS
     i_b = tl.load(p_merge).to(tl.int64)
@@ -34,8 +40,9 @@ def combine(
     i_r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     i_p = tl.arange(0, MAX_PARTS)
     i_d = tl.arange(0, D)
-    gdc_launch_dependents()
+    # Dependents come last: CTAs that settle while a decode kernel still runs crowd the first multiprocessors it leaves.
     gdc_wait()
+    gdc_launch_dependents()
 
     at = (unit + i_p * step).to(tl.int64)[:, None] * 64 + i_r[None, :]
     lse = tl.load(p_part_lse + at, mask=(i_p < parts)[:, None], other=float("-inf"))
@@ -44,11 +51,11 @@ def combine(
     acc = tl.zeros([ROWS, D], tl.float32)
     for start in range(0, parts, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
-            row = (unit + (start + i) * step).to(tl.int64) * 64 + i_r
-            part_lse = tl.load(p_part_lse + row, mask=start + i < parts, other=float("-inf"))
-            seen = part_lse > float("-inf")
-            part = tl.load(p_part + row[:, None] * D + i_d[None, :], mask=seen[:, None], other=0.0)
-            acc += tl.exp2(part_lse - top)[:, None] * part
+            row = (unit + tl.minimum(start + i, parts - 1) * step).to(tl.int64) * 64 + i_r
+            part_lse = tl.load(p_part_lse + row)
+            part = tl.load(p_part + row[:, None] * D + i_d[None, :])
+            weight = tl.where(start + i < parts, tl.exp2(part_lse - top), 0.0)
+            acc += tl.where(weight[:, None] > 0, weight[:, None] * part, 0.0)
 
     rows = first + i_r
     in_n = rows < n

@@ -217,6 +217,8 @@ def _consumer(
                 acc, top, total, stage, phase = _attend(
                     q, q_empty, keys, stage, phase, tiles, slot, scale2, W, BN, D, STAGES, TURNS, ME
                 )
+                if i_round == rounds - 1:  # not earlier: CTAs of the merge would crowd the first idle multiprocessors
+                    allow_dependents()
                 lse = top + gl.log2(total)
                 acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, ACC), assert_trivial=True))[:, None]
                 if unit < 0:
@@ -273,7 +275,6 @@ def decode_persistent(
     fence_async_shared()
     rounds = gl.load(p_items + gl.program_id(0) * FIELDS + 6)  # the table is older than the kernels before this one
     await_prerequisites()
-    allow_dependents()
     sizes = (heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes)
     table = (p_items, p_valid, p_lanes)
     queries = (q_smem, out_smem, q_full.index(0), q_empty.index(0))

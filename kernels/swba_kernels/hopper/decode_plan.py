@@ -12,6 +12,7 @@ MAX_FRACTIONS.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -56,24 +57,26 @@ class Config(NamedTuple):
 # Cycles of the persistent configurations were measured on an H200; those of the small ones are fitted to whole calls.
 CONFIGS = {
     64: (
-        Config(4, 64, 4, registers=112, cycles=1903),
+        Config(4, 64, 3, turns=True, registers=112, cycles=1880),
         Config(3, 128, 3, turns=True, registers=160, cycles=2664),
         Config(2, 128, 3, cycles=2040),
-        Config(1, 128, 2, resident=3, cycles=1000),
+        Config(1, 128, 2, resident=3, cycles=950),
     ),
     128: (
         Config(2, 128, 2, cycles=2355),
-        Config(1, 64, 2, resident=2, cycles=861),
+        Config(1, 64, 2, resident=2, cycles=780),
     ),
 }
-_START = {True: 4500.0, False: 3000.0}  # cycles of a launch until its first matmul: persistent kernel, small one
-_PART = 2500.0  # cycles of a part besides its key tiles: first scores, last matmul, result
-_MERGE = 3000.0  # cycles of the merge's launch
-_MERGE_BYTES = 3200.0  # of partial results, written and read in a cycle
-_CUT = (
-    1.08  # slowdown of cut tiles: neighbours read other keys of a head and miss each other's in the second-level cache
-)
-_ALONE = 1.3  # slowdown of a small CTA that has no neighbour to fill its waits
+
+# Cycles, fitted to whole calls on an H200.
+_START = {True: 5000.0, False: 2500.0}  # of a launch until its first matmul: persistent kernel, small one
+_PART = {True: 3500.0, False: 2000.0}  # of a part besides its key tiles: queries, first scores, last matmul, result
+_MERGE = 5000.0  # of the merge's launch and its first loads
+_MERGE_BYTES = 2500.0  # of partial results, written and read in a cycle
+_CACHE = 32 << 20  # bytes of keys and values that CTAs at different keys share through the second-level cache
+_CUT, _MISS = 1.05, 1.3  # slowdown of cut tiles, whose neighbours read other keys: within that cache, and beyond
+_WAITS = 1.4  # of a small CTA, in units of its work, which neighbours on its multiprocessor hide in part
+_IDLE = 0.6  # exponent: half the rows of a tile take 2 ** -0.6 of its time, for nobody fills the waits
 _SHORTEST = 2  # key tiles of a part that is worth a CTA's start
 _SPLITS = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # of the small kernel
 
@@ -126,11 +129,10 @@ class Table(NamedTuple):
 
 
 def query_tiles(heads: int, n: int, warpgroups: int) -> tuple[Tile, ...]:
-    """Return the query tiles of a lane, the ones with idle warpgroups last."""
+    """Return the query tiles of a lane, head by head: neighbours share keys, so that a cache holds them."""
     rows = warpgroups * 64
     starts = [(i_h, first) for i_h in range(heads) for first in range(0, n, rows)]
-    tiles = [Tile(i_h, first, min(1.0, -(-(n - first) // 64) / warpgroups) ** 0.75) for i_h, first in starts]
-    return tuple(sorted(tiles, key=lambda tile: tile.weight < 1))
+    return tuple(Tile(*at, min(1.0, -(-(n - at[1]) // 64) / warpgroups) ** _IDLE) for at in starts)
 
 
 def cut(tiles: Sequence[Tile], slot_tiles: int, whole: int, ranges: int) -> tuple[tuple[Part, ...], ...]:
@@ -169,33 +171,35 @@ def assign(costs: Sequence[float], ctas: int) -> list[list[int]]:
     return [sorted(x) for x in lists]
 
 
-def bundle_costs(plan: LanePlan) -> list[float]:
-    """Return the cycles of each bundle."""
+def bundle_costs(plan: LanePlan, cut: float = _CUT) -> list[float]:
+    """Return the cycles of each bundle; `cut` is the slowdown of cut tiles."""
     cycles = plan.config.cycles * plan.config.resident
+    part = _PART[plan.config.warpgroups > 1]
     costs = []
     for bundle in plan.bundles:
         tiles = sum(plan.tiles[part.tile].weight * (part.high - part.low) for part in bundle)
         is_cut = bundle[0].high - bundle[0].low < plan.slot_tiles
-        costs.append(tiles * cycles * (_CUT if is_cut else 1.0) + len(bundle) * _PART)
+        costs.append(tiles * cycles * (cut if is_cut else 1.0) + len(bundle) * part)
     return costs
 
 
 def cost_of(plan: LanePlan, lanes: int, multiprocessors: int, head_dim: int) -> float:
     """Return the modelled cycles of a call for all lanes of a full ring."""
-    config = plan.config
-    costs = bundle_costs(plan) * lanes
-    if config.warpgroups > 1:
-        ctas = multiprocessors * config.resident
-        busiest = max(sum(costs[i] for i in x) for x in assign(costs, ctas))
+    config, counts = plan.config, parts_of(plan)
+    persistent = config.warpgroups > 1
+    if persistent:
+        heads = {tile.head for tile, count in zip(plan.tiles, counts, strict=True) if count > 1}
+        held = lanes * len(heads) * plan.slot_tiles * config.key_tile * head_dim * 4
+        costs = bundle_costs(plan, _CUT if held <= _CACHE else _MISS) * lanes
+        busiest = max(sum(costs[i] for i in x) for x in assign(costs, multiprocessors * config.resident))
     else:
-        shared = -(-len(costs) // multiprocessors)
+        shared = -(-lanes * len(plan.bundles) // multiprocessors)
         waves = -(-shared // config.resident)
-        run = (max(costs) - _PART) / config.resident
-        busiest = max(shared, waves * _ALONE) * run + waves * _PART
-    counts = parts_of(plan)
+        longest = max(part.high - part.low for bundle in plan.bundles for part in bundle)
+        busiest = math.hypot(shared, waves * _WAITS) * longest * config.cycles + waves * _PART[persistent]
     units = lanes * config.warpgroups * sum(count for count in counts if count > 1)
     merge = _MERGE + units * 64 * head_dim * 8 / _MERGE_BYTES if units else 0.0
-    return _START[config.warpgroups > 1] + busiest + merge
+    return _START[persistent] + busiest + merge
 
 
 def lane_plans(config: Config, heads: int, n: int, slots: int, lanes: int, multiprocessors: int) -> list[LanePlan]:

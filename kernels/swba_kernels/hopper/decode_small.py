@@ -61,18 +61,23 @@ def _loop(
     for j in range(1, tiles):
         stage = j % STAGES
         last = (j - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), j // STAGES & 1)
+        if j == 1:
+            mbarrier.wait(k_full.index(stage), j // STAGES & 1)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
         acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         weights, top, total, fade = next_weights(s, top, total, scale2)
+        # This wait ends a basic block: without it ptxas moves the next one, for the values, before the exponentials.
+        mbarrier.wait(k_full.index((j + 1) % STAGES), (j + 1) // STAGES & 1, pred=j + 1 < tiles)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         cta_barrier()
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         acc = rescale(acc, fade)
         p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
+    # Not earlier: CTAs of the merge would crowd the first multiprocessors that this kernel leaves.
+    allow_dependents()
     mbarrier.wait(v_full.index((tiles - 1) % STAGES), (tiles - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -110,8 +115,8 @@ def decode_small(
     i_n = unit // splits % row_tiles * 64
     i_h = unit // (splits * row_tiles) % heads
     i_b = unit // (splits * row_tiles * heads)
+    i_kv = i_h // group
     await_prerequisites()
-    allow_dependents()
     mbarrier.expect(q_full, 64 * D * 2)
     tma_load(q_desc, [i_b, i_h, i_n, 0], q_full, box(q, 64, D))
     valid = gl.minimum(gl.load(p_valid + i_b.to(gl.int64) * stride_valid), slots).to(gl.int32)
@@ -121,7 +126,7 @@ def decode_small(
         lane = i_b
     first, last = key_tiles_of_part(i_split, i_split + 1, valid, splits, BN)
     tiles = last - first
-    at = (lane, i_h // group, valid - last * BN)
+    at = (lane, i_kv, valid - last * BN)
     for i in gl.static_range(STAGES):
         _copy(k_desc, at, i, tiles, k_full, k_smem, BN, D, STAGES)
         _copy(v_desc, at, i, tiles, v_full, v_smem, BN, D, STAGES)
@@ -129,6 +134,7 @@ def decode_small(
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     unit_rows = unit.to(gl.int64) * 64
     if tiles == 0:
+        allow_dependents()
         if splits > 1:
             gl.store(p_part_lse + unit_rows + rows, gl.full([64], float("-inf"), gl.float32, rows.type.layout))
     else:
