@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_ranges import latest_row, queries_of, query_walk
-from .backward_shared import LN2, counting, load_row_terms, next_stage, row_box, row_terms, store_tile
+from .backward_shared import LN2, counting, load_row_terms, next_stage, row_box, store_tile, weigh
 from .compat import box, tma_load
 
 
@@ -68,6 +68,8 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, WARPGROUP: gl.c
     """Fold tile after tile of queries into dk and dv of 64 keys:
 
     S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
+
+    Two warpgroups have registers to spare at head dim 64: dV and dK of a tile run beside S^T and dP^T of the next.
     """
     dk_desc, dv_desc = outputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem = buffers
@@ -79,14 +81,14 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, WARPGROUP: gl.c
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     D: gl.constexpr = q_smem.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     i_b, i_h, first = _key_tile(heads // group, tiles, WARPGROUPS)
     start, stop, all_start, all_stop = query_walk(first, pattern, WARPGROUPS * 64)
-    latest = latest_row(stop, pattern, BLOCK_M)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
+    edges = (seen_from, seen_to, all_start, all_stop, latest_row(stop, pattern, BLOCK_M))
+    count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
     k = k_smem.index(WARPGROUP)
     v = v_smem.index(WARPGROUP)
     dk = gl.zeros([64, D], gl.float32, SUMS)
@@ -94,35 +96,51 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, WARPGROUP: gl.c
     none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
     stage = 0
     phase = 0
-    mbarrier.wait(keys_full, 0)
     row = start
-    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
-        q = q_smem.index(stage)
-        grad = grad_smem.index(stage)
-        edge = (row < all_start) | (row + BLOCK_M > all_stop)
-        mbarrier.wait(full.index(stage), phase)
-        s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-        dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-        lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
-        s_t = warpgroup_mma_wait(1, deps=(s_t,))
-        p_t = gl.exp2(s_t * scale2 - lse2[None, :])
-        delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
-        dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
-        slope = dp_t - delta[None, :]
-        if edge:
-            queries = gl.minimum(row, latest) + count_smem.load(COLUMNS)[None, :]
-            visible = (queries >= gl.maximum(seen_from, row)[:, None]) & (queries < seen_to[:, None])
-            p_t = gl.where(visible, p_t, 0.0)
-            slope = gl.where(visible, slope, 0.0)
-        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-        dv = warpgroup_mma(p_operand, grad, dv, is_async=True)
-        ds_operand = gl.convert_layout((p_t * slope).to(DTYPE), OPERAND, assert_trivial=True)
-        dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+    mbarrier.wait(keys_full, 0)
+    if D == 64 and WARPGROUPS == 2:
+        mbarrier.wait(full.index(0), 0)
+        s_t = warpgroup_mma(k, q_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+        dp_t = warpgroup_mma(v, grad_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+        terms = (lse_smem.index(0), delta_smem.index(0), count_smem)
+        p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, True)
+        p_operand = gl.convert_layout(p_t, OPERAND, assert_trivial=True)
+        ds_operand = gl.convert_layout(ds_t, OPERAND, assert_trivial=True)
+        for _ in range(count - 1):
+            row += BLOCK_M
+            row = gl.where(row < stop, row, start)
+            before = stage
+            stage, phase = next_stage(stage, phase, STAGES)
+            mbarrier.wait(full.index(stage), phase)
+            s_t = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+            dp_t = warpgroup_mma(v, grad_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+            dv = warpgroup_mma(p_operand, grad_smem.index(before), dv, is_async=True)
+            dk = warpgroup_mma(ds_operand, q_smem.index(before), dk, is_async=True)
+            terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
+            p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 3, True)
+            dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+            mbarrier.arrive(empty.index(before), count=1)
+            p_operand = gl.convert_layout(p_t, OPERAND, assert_trivial=True)
+            ds_operand = gl.convert_layout(ds_t, OPERAND, assert_trivial=True)
+        dv = warpgroup_mma(p_operand, grad_smem.index(stage), dv, is_async=True)
+        dk = warpgroup_mma(ds_operand, q_smem.index(stage), dk, is_async=True)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
-        row += BLOCK_M
-        row = gl.where(row < stop, row, start)
+    else:
+        for _ in range(count):
+            q = q_smem.index(stage)
+            grad = grad_smem.index(stage)
+            mbarrier.wait(full.index(stage), phase)
+            s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+            dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
+            terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
+            p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, True)
+            dv = warpgroup_mma(gl.convert_layout(p_t, OPERAND, assert_trivial=True), grad, dv, is_async=True)
+            dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
+            dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
+            row += BLOCK_M
+            row = gl.where(row < stop, row, start)
     store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), k, D)
     store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
     tma.store_wait(0)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_order import await_turn, pass_turn, tma_add
 from .backward_ranges import place, queries_of, turn_of, walk_grid
-from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
+from .backward_shared import LN2, counting, next_stage, row_box, store_tile, weigh
 from .compat import box, named_sync, tma_load, tma_store, view
 
 
@@ -43,7 +43,6 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     D: gl.constexpr = k_smem.shape[1]
     HALF: gl.constexpr = D // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
@@ -51,6 +50,7 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
+    edges = (seen_from, seen_to, all_start, all_stop, stop)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     k_columns = k_smem.slice(WARPGROUP * HALF, HALF, dim=1)
     v = v_smem.index(WARPGROUP)
@@ -67,24 +67,12 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
         q = q_smem.index(stage)
         grad = grad_smem.index(stage)
         ds_both = ds_smem.index(stage)
-        edge = (row < all_start) | (row + BLOCK_M > all_stop)
         mbarrier.wait(full.index(stage), phase)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-        lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
-        s_t = warpgroup_mma_wait(1, deps=(s_t,))
-        p_t = gl.exp2(s_t * scale2 - lse2[None, :])
-        delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
-        dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
-        slope = dp_t - delta[None, :]
-        if edge:
-            queries = row + count_smem.load(COLUMNS)[None, :]
-            visible = (queries >= seen_from[:, None]) & (queries < seen_to[:, None])
-            p_t = gl.where(visible, p_t, 0.0)
-            slope = gl.where(visible, slope, 0.0)
-        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-        dv = warpgroup_mma(p_operand, grad, dv, is_async=True)
-        ds_t = (p_t * slope).to(DTYPE)
+        terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
+        p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, False)
+        dv = warpgroup_mma(gl.convert_layout(p_t, OPERAND, assert_trivial=True), grad, dv, is_async=True)
         ds_both.slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
         fence_async_shared()
         named_sync(8, 256)

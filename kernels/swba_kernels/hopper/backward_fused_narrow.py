@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_order import await_turn, pass_turn, tma_add
 from .backward_ranges import place, queries_of, turn_of, walk_grid
-from .backward_shared import LN2, counting, next_stage, row_box, row_terms, store_tile
+from .backward_shared import LN2, counting, next_stage, row_box, store_tile, weigh
 from .compat import box, cta_barrier, tma_load, tma_store, view
 
 
@@ -61,6 +61,8 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     """Fold tile after tile of queries into dk and dv of 64 keys, and hand on dS:
 
     S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
+
+    dV and dK of a tile run beside S^T and dP^T of the next one.
     """
     _, dk_desc, dv_desc, _ = outputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, _ = buffers
@@ -73,56 +75,59 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     D: gl.constexpr = k_smem.shape[1]
     SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
     start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
+    edges = (seen_from, seen_to, all_start, all_stop, stop)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     v = v_smem.index(WARPGROUP)
     dk = gl.zeros([64, D], gl.float32, SUMS)
     dv = gl.zeros([64, D], gl.float32, SUMS)
     none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
     stage = 0
     phase = 0
-    slope_stage = 0
-    slope_phase = 1
     row = start
     mbarrier.wait(keys_full, 0)
-    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
-        q = q_smem.index(stage)
-        grad = grad_smem.index(stage)
-        edge = (row < all_start) | (row + BLOCK_M > all_stop)
+    mbarrier.wait(full.index(0), 0)
+    s_t = warpgroup_mma(k, q_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    dp_t = warpgroup_mma(v, grad_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    terms = (lse_smem.index(0), delta_smem.index(0), count_smem)
+    p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, False)
+    p_operand = gl.convert_layout(p_t, OPERAND, assert_trivial=True)
+    ds_operand = gl.convert_layout(ds_t, OPERAND, assert_trivial=True)
+    ds_smem.index(0).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(0), count=1)
+    slope_stage = 1
+    slope_phase = 1
+    for _ in range(count - 1):
+        row += BLOCK_M
+        row = gl.where(row < stop, row, start)
+        before = stage
+        stage, phase = next_stage(stage, phase, STAGES)
         mbarrier.wait(full.index(stage), phase)
-        s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-        dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-        lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
-        s_t = warpgroup_mma_wait(1, deps=(s_t,))
-        p_t = gl.exp2(s_t * scale2 - lse2[None, :])
-        delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
-        dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
-        slope = dp_t - delta[None, :]
-        if edge:
-            queries = row + count_smem.load(COLUMNS)[None, :]
-            visible = (queries >= seen_from[:, None]) & (queries < seen_to[:, None])
-            p_t = gl.where(visible, p_t, 0.0)
-            slope = gl.where(visible, slope, 0.0)
-        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-        dv = warpgroup_mma(p_operand, grad, dv, is_async=True)
-        ds_t = (p_t * slope).to(DTYPE)
-        dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
+        s_t = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        dp_t = warpgroup_mma(v, grad_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        dv = warpgroup_mma(p_operand, grad_smem.index(before), dv, is_async=True)
+        dk = warpgroup_mma(ds_operand, q_smem.index(before), dk, is_async=True)
+        terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
+        p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 3, False)
+        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+        mbarrier.arrive(empty.index(before), count=1)
+        p_operand = gl.convert_layout(p_t, OPERAND, assert_trivial=True)
+        ds_operand = gl.convert_layout(ds_t, OPERAND, assert_trivial=True)
         mbarrier.wait(ds_empty.index(slope_stage), slope_phase)
         ds_smem.index(slope_stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
         fence_async_shared()
         mbarrier.arrive(ds_full.index(slope_stage), count=1)
-        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
         slope_stage, slope_phase = next_stage(slope_stage, slope_phase, SLOPE_STAGES)
-        row += BLOCK_M
-        row = gl.where(row < stop, row, start)
+    dv = warpgroup_mma(p_operand, grad_smem.index(stage), dv, is_async=True)
+    dk = warpgroup_mma(ds_operand, q_smem.index(stage), dk, is_async=True)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
     tma.store_wait(0)
     store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), v, D)

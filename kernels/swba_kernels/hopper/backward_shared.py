@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from .compat import box, cta_barrier, tma_load, tma_store, view
 
@@ -69,6 +69,37 @@ def clear_past(buffer, tile, n, ROWS: gl.constexpr, D: gl.constexpr):
         buffer.store(gl.where(inside[:, None], x, gl.zeros([ROWS, D], x.dtype, LAYOUT)))
         fence_async_shared()
         cta_barrier()
+
+
+@gluon.jit
+def weigh(
+    s_t, dp_t, row, terms, edges, scale2,
+    BLOCK_M: gl.constexpr, DTYPE: gl.constexpr, AFTER: gl.constexpr, SLIDES: gl.constexpr,
+):  # fmt: skip
+    """Return P^T = exp2(S^T - lse) and dS^T = P^T (dP^T - delta) as first operands of the next matmuls.
+
+    `edges` says which queries see each key (from, to), which see all keys of the tile, and, if tiles of queries slide,
+    where the last one starts. s_t is in flight, with AFTER matmuls behind it, of which dp_t is the first; all have
+    ended on return.
+    """
+    lse_smem, delta_smem, count_smem = terms
+    seen_from, seen_to, all_start, all_stop, latest = edges
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16]))
+    lse2 = row_terms(lse_smem, BLOCK_M, COLUMNS)
+    s_t = warpgroup_mma_wait(AFTER, deps=(s_t,))
+    p_t = gl.exp2(s_t * scale2 - lse2[None, :])
+    delta = row_terms(delta_smem, BLOCK_M, COLUMNS)
+    dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
+    slope = dp_t - delta[None, :]
+    if (row < all_start) | (row + BLOCK_M > all_stop):
+        if SLIDES:
+            seen_from = gl.maximum(seen_from, row)
+            row = gl.minimum(row, latest)
+        queries = row + count_smem.load(COLUMNS)[None, :]
+        visible = (queries >= seen_from[:, None]) & (queries < seen_to[:, None])
+        p_t = gl.where(visible, p_t, 0.0)
+        slope = gl.where(visible, slope, 0.0)
+    return p_t.to(DTYPE), (p_t * slope).to(DTYPE)
 
 
 @gluon.jit
