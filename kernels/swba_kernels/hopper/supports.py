@@ -3,8 +3,8 @@
 B batch or lanes, H heads, N tokens, D head dim.
 
 Two questions, asked at two times. `build_obstacle` depends on the installation alone, so it is asked once, when an
-implementation is chosen (inside a compiled graph: while it is traced). `obstacle` looks at one call's tensors, addresses
-included, so it is asked by the custom op as it runs; no size becomes a guard of a compiled graph.
+implementation is chosen (inside a compiled graph: while it is traced). `obstacle` looks at one call's tensors,
+addresses included, so it is asked by the custom op as it runs; no size becomes a guard of a compiled graph.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CAPABILITY = (9, 0)
 # Gluon is experimental and changes with every release: these were compiled ahead of time, 3.6 also ran.
 OLDEST, NEWEST = (3, 6), (3, 9)
 
-# The fewest tokens of a block for which "auto" takes these kernels. A tile never straddles blocks, so a short block pads
-# a tile, while the portable kernels pack several blocks into one. Estimated from the padding, measured nowhere yet.
-# Decode is bound by the bytes of the ring, whatever the block.
+# The fewest tokens of a block for which "auto" takes these kernels. A tile never straddles blocks, so a short block
+# pads a tile, while the portable kernels pack several blocks into one. Estimated from the padding, measured nowhere
+# yet. Decode is bound by the bytes of the ring, whatever the block.
 SMALLEST_BLOCK = {"forward": 64, "prefill": 64, "backward": 64, "decode": 1}
 
 
