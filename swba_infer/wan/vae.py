@@ -194,9 +194,16 @@ class WanVAE:
         return self._finish(out), [self.arrange(feature) for feature in settled]
 
     def _decode_more(self, z: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Decode further latent frames [B, C, F, h, w]; the tensors of `features` are only read."""
-        kept = list(features)
-        out = self.module.decoder(z, feat_cache=kept, feat_idx=[0])
+        """Decode further latent frames [B, C, F, h, w]; the tensors of `features` are only read.
+
+        The decoder's layers in their order, without diffusers' comparison of tensors with a word, which older
+        versions of torch.compile cannot trace.
+        """
+        decoder, kept, index = self.module.decoder, list(features), [0]
+        x = decoder.mid_block(_convolve(decoder.conv_in, z, kept, index), feat_cache=kept, feat_idx=index)
+        for block in decoder.up_blocks:
+            x = _decode_block(block, x, kept, index)
+        out = _convolve(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), kept, index)
         return self._finish(out), [feature.contiguous(memory_format=self._format) for feature in kept]
 
     def _finish(self, out: Tensor) -> Tensor:
@@ -242,6 +249,30 @@ class WanVAE:
         if count % FRAMES_PER_LATENT != (0 if cache.frames else 1):
             form = "a multiple of 4" if cache.frames else "1 more than a multiple of 4"
             raise StreamStateError(f"frames: expected {form} frames, got {count}")
+
+
+def _convolve(convolution: Any, x: Tensor, features: list[Tensor], index: list[int]) -> Tensor:
+    """Run a causal convolution on what it has seen and x, and keep what it will look back to."""
+    i = index[0]
+    before, index[0] = features[i], i + 1
+    features[i] = x[:, :, -2:].clone() if x.shape[2] > 1 else torch.cat((before[:, :, -1:], x), dim=2)
+    return convolution(x, before)
+
+
+def _decode_block(block: Any, x: Tensor, features: list[Tensor], index: list[int]) -> Tensor:
+    """Run one block of the decoder: its residual layers, then twice the rows and columns, and the frames if it does."""
+    given = x
+    for resnet in block.resnets:
+        x = resnet(x, feat_cache=features, feat_idx=index)
+    upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
+    if upsampler is None:
+        return x
+    if upsampler.mode == "upsample3d":
+        pairs = _convolve(upsampler.time_conv, x, features, index)
+        x = pairs.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+    x = upsampler.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (given.shape[0], -1)).transpose(1, 2)
+    shortcut = getattr(block, "avg_shortcut", None)
+    return x if shortcut is None else x + shortcut(given, first_chunk=False)
 
 
 def fold_patches(frames: Tensor, patch: int) -> Tensor:
