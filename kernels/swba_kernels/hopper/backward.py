@@ -18,8 +18,8 @@ from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .backward_fused import fused_kernel
 from .backward_fused_narrow import fused_narrow_kernel
+from .backward_order import sum_layout
 from .backward_shared import ROW_COPIES, row_box_layout
-from .compat import box_layout
 from .launch import _Base, descriptor
 from .supports import tma_strides
 
@@ -127,14 +127,13 @@ def _row_descriptor(address: int, shape: torch.Size, stride: int, rows: int) -> 
 
 
 def sum_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Return the TMA descriptor of contiguous float32 x [B, H, N, D] for boxes [1, 1, rows, D]."""
+    """Return the TMA descriptor of contiguous float32 x [B, H, A, 64] for boxes [1, 1, rows, 64]."""
     return _sum_descriptor(x.data_ptr(), x.shape, x.stride(), rows)
 
 
 @lru_cache(maxsize=1024)
 def _sum_descriptor(address: int, shape: torch.Size, strides: tuple[int, ...], rows: int) -> TensorDescriptor:
-    box = [1, 1, rows, shape[-1]]
-    return TensorDescriptor(_Base(address, torch.float32), list(shape), list(strides), box, box_layout(4, 32))
+    return TensorDescriptor(_Base(address, torch.float32), list(shape), list(strides), [1, 1, rows, 64], sum_layout(4))
 
 
 def copyable(x: Tensor) -> Tensor:
@@ -143,17 +142,20 @@ def copyable(x: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "n", "tiles"])
-def cast_kernel(
-    p_sum, p_dq, scale, s_b, s_h, s_n, heads, n, tiles, D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Write dq = scale * sum in the dtype and layout of dq; strides count 8 elements."""
+def cast_kernel(p_sum, p_dq, scale, s_b, s_h, s_n, heads, n, tiles, D: tl.constexpr):
+    """Write dq = scale * sum in the dtype and layout of dq; strides count 8 elements.
+
+    Sums of 64 rows lie together, ordered as `by_thread` orders each 64 columns of them.
+    """
     pid = tl.program_id(0)
     i_bh = pid // tiles
     i_b = (i_bh // heads).to(tl.int64)
     i_h = (i_bh % heads).to(tl.int64)
-    rows = (pid % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    rows = (pid % tiles * 64 + tl.arange(0, 64))[:, None]
     d = tl.arange(0, D)[None, :]
-    x = tl.load(p_sum + (i_bh.to(tl.int64) * n + rows) * D + d, mask=rows < n, other=0.0)
+    x = tl.load(p_sum + pid.to(tl.int64) * (64 * D) + tl.arange(0, 64 * D))
+    x = tl.reshape(x, [D // 64, 8, 4, 8, 4, 2, 2])
+    x = tl.reshape(tl.permute(x, [2, 5, 3, 0, 1, 4, 6]), [64, D])
     p_dq += (i_b * s_b + i_h * s_h) * 8 + rows.to(tl.int64) * s_n * 8 + d
     tl.store(p_dq, (x * scale).to(p_dq.dtype.element_ty), mask=rows < n)
 
@@ -198,16 +200,17 @@ def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> No
     q, k, v, dout, lse2, delta, scale, pattern = call
     batch, heads, n, head_dim = q.shape
     rows, keys = 64, 128
-    work = triton.cdiv(n, keys) * batch * k.shape[1]
+    tiles, work = triton.cdiv(n, rows), triton.cdiv(n, keys) * batch * k.shape[1]
+    size = (batch, heads, tiles * head_dim, 64)
     if config.in_turn:  # the first to add to a tile writes it instead
-        sums = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        counters = torch.zeros(4 + batch * heads * triton.cdiv(n, rows), dtype=torch.int32, device=q.device)
+        sums = torch.empty(size, dtype=torch.float32, device=q.device)
+        counters = torch.zeros(4 + batch * heads * tiles, dtype=torch.int32, device=q.device)
     else:
-        sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        sums = torch.zeros(size, dtype=torch.float32, device=q.device)
         counters = torch.empty(4, dtype=torch.int32, device=q.device)
     arguments = (
         descriptor(q, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, 64),
-        row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, rows),
+        row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, head_dim),
         descriptor(dk, 64), descriptor(dv, 64), counters[4:], counters,
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
     )  # fmt: skip
@@ -218,9 +221,8 @@ def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> No
     else:
         rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
         fused_narrow_kernel[(work,)](*arguments, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants)
-    tiles = triton.cdiv(n, 64)
     cast_kernel[(tiles * batch * heads,)](
-        sums, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles, D=head_dim, ROWS=64, num_warps=4
+        sums, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles, D=head_dim, num_warps=4
     )
 
 

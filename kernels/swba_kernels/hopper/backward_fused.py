@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_order import await_turn, pass_turn, tma_add
+from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import place, queries_of, turn_of, walk_grid
 from .backward_shared import LN2, counting, next_stage, row_box, store_tile, weigh
 from .compat import box, named_sync, tma_load, tma_store, view
@@ -80,7 +80,7 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
         dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
         mbarrier.wait(dq_empty, sum_phase)
-        dq_smem.slice(WARPGROUP * HALF, HALF, dim=1).store(dq)
+        dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
         fence_async_shared()
         mbarrier.arrive(dq_full, count=1)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
@@ -121,6 +121,7 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
+    SUM_ROWS: gl.constexpr = dq_smem.shape[0]
     i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
@@ -128,7 +129,7 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
     for w in gl.static_range(2):
         tma_load(v_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(v_smem.index(w), 64, D))
     count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
-    way_out = view(dq_smem, [1, 1, BLOCK_M, D], gl.NVMMASharedLayout(128, 32, rank=4))
+    way_out = view(dq_smem, [1, 1, SUM_ROWS, 64], sum_box(4))
     stage = 0
     phase = 1
     sum_phase = 0
@@ -142,17 +143,18 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
         if j >= STAGES:
             mbarrier.wait(dq_full, sum_phase)
             sum_phase ^= 1
+            at = added // BLOCK_M * SUM_ROWS
             if IN_TURN:
                 turn = turn_of(first, added, pattern, BLOCK_N, BLOCK_M)
                 query_tiles = (pattern[0] + BLOCK_M - 1) // BLOCK_M
                 p_turn = p_turns + (i_b * heads + i_added) * query_tiles + added // BLOCK_M
                 await_turn(p_turn, turn)
                 if turn == 0:
-                    tma_store(sum_desc, [i_b, i_added, added, 0], way_out)
+                    tma_store(sum_desc, [i_b, i_added, at, 0], way_out)
                 else:
-                    tma_add(sum_desc, [i_b, i_added, added, 0], way_out)
+                    tma_add(sum_desc, [i_b, i_added, at, 0], way_out)
             else:
-                tma_add(sum_desc, [i_b, i_added, added, 0], way_out)
+                tma_add(sum_desc, [i_b, i_added, at, 0], way_out)
             tma.store_wait(0)
             mbarrier.arrive(dq_empty, count=1)
             i_added, added = _next_tile(i_added, added, start, stop, BLOCK_M)
@@ -190,7 +192,7 @@ def fused_kernel(
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     ds_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, BLOCK_M], TILE)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M, D], gl.NVMMASharedLayout(128, 32, rank=2))
+    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M * D // 64, 64], sum_box(2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_order import await_turn, pass_turn, tma_add
+from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import place, queries_of, turn_of, walk_grid
 from .backward_shared import LN2, counting, next_stage, row_box, store_tile, weigh
 from .compat import box, cta_barrier, tma_load, tma_store, view
@@ -150,12 +150,11 @@ def _fold_and_add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    BOX: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=4)
     i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     query_tiles = (n + BLOCK_M - 1) // BLOCK_M
     none = gl.zeros([BLOCK_M, D], gl.float32, SUMS)
-    way_out = view(dq_smem, [1, 1, BLOCK_M, D], BOX)
+    way_out = view(dq_smem, [1, 1, 64, 64], sum_box(4))
     stage = 0
     phase = 0
     p_last = p_turns
@@ -172,7 +171,7 @@ def _fold_and_add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
                 pass_turn(p_last, last_turn)
             tma.store_wait(0)
             cta_barrier()
-            dq_smem.store(dq)
+            dq_smem.store(by_thread(dq))
             fence_async_shared()
             cta_barrier()
             if IN_TURN:
@@ -211,7 +210,7 @@ def fused_narrow_kernel(
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     ds_smem = gl.allocate_shared_memory(k_desc.dtype, [SLOPE_STAGES, BLOCK_N, BLOCK_M], TILE)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M, D], gl.NVMMASharedLayout(128, 32, rank=2))
+    dq_smem = gl.allocate_shared_memory(gl.float32, [64, 64], sum_box(2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)

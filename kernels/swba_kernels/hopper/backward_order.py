@@ -1,5 +1,8 @@
 """Sums in global memory that several programs add to by TMA, and how to add in turn.
 
+A tile [64, 64] of sums lies in memory in the order in which the threads of a warpgroup hold it (`by_thread`), so that
+each thread writes 16 bytes at a time into shared memory, side by side with its neighbours.
+
 Float32 addition does not associate, so adding in any order gives other bits every time. With turns, the programs that
 add to a tile do so in the order of their keys: a counter per tile says whose turn it is.
 """
@@ -19,6 +22,20 @@ def tma_add(desc, coord, src, _semantic=None):
     """Add a float32 box in shared memory to global memory; the copy engine does it (3.9 has a name for it)."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+def sum_layout(rank: int) -> gl.NVMMASharedLayout:
+    """Return the shared layout of a box of sums, rows of 64 float32 numbers."""
+    return gl.NVMMASharedLayout(0, 32, rank=rank)
+
+
+sum_box = gluon.constexpr_function(sum_layout)
+
+
+@gluon.jit
+def by_thread(x):
+    """Return an accumulator [64, 64] with the four numbers that a thread holds of 8 columns next to each other."""
+    return x.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([64, 64])
 
 
 @gluon.jit
