@@ -67,7 +67,7 @@ def _on_hopper(impl: str, op: str, block_size: int, q: Tensor, *others: Tensor) 
         if obstacle:
             raise ValueError(f"impl: expected an implementation that can run here, got 'hopper' for {op}: {obstacle}")
         return True
-    obstacle = obstacle or supports.small_block(op, min(block_size, q.shape[2]))
+    obstacle = obstacle or supports.small_block(op, q.shape[3], min(block_size, q.shape[2]))
     if obstacle:
         _log_once(op, obstacle)
     return not obstacle

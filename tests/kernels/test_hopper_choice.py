@@ -224,7 +224,7 @@ def test_other_head_dims_and_small_blocks_run_portable_under_auto(played, caplog
     with caplog.at_level(logging.DEBUG, logger="swba_kernels"):
         for _ in range(2):
             attend(*draw(200, head_dim=96))
-            attend(*draw(200), pattern=BlockWindow(supports.SMALLEST_BLOCK["forward"] - 1, 100))
+            attend(*draw(200), pattern=BlockWindow(supports.SMALLEST_BLOCK["forward"][64] - 1, 100))
     assert played.calls == [("triton", "forward")] * 4
     assert len(caplog.records) == 2, "each reason is logged once"
     with pytest.raises(ValueError, match="head dim 96"):
@@ -243,7 +243,7 @@ def test_the_layout_of_a_gradient_is_no_obstacle(played) -> None:
 
 
 def test_a_short_call_is_a_small_block(played) -> None:
-    least = supports.SMALLEST_BLOCK["forward"]
+    least = supports.SMALLEST_BLOCK["forward"][64]
     attend(*draw(least - 1), pattern=BlockWindow(1000, 1000))
     attend(*draw(least), pattern=BlockWindow(1000, 1000))
     assert [family for family, _ in played.calls] == ["triton", "hopper"]
