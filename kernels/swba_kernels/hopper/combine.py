@@ -5,61 +5,73 @@ A unit is 64 query rows of one part: rows [64 u, 64 u + 64) of the workspace. N 
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-FIELDS = tl.constexpr(6)  # of an entry in the table: row, head, first query, first unit, units between parts, parts
+from .compat import allow_dependents, await_prerequisites
+
+FIELDS = gl.constexpr(6)  # of an entry in the table: row, head, first query, first unit, units between parts, parts
 MAX_PARTS = 64
 PARTS_AT_ONCE = 8
-ROWS = 16  # query rows of a program
 
 
-def room(parts: int) -> int:
-    """Return the constant MAX_PARTS of the kernel for tiles of at most `parts` parts: one of two variants."""
-    return PARTS_AT_ONCE if parts <= PARTS_AT_ONCE else MAX_PARTS
+def rows_of_program(head_dim: int) -> int:
+    """Return how many query rows a program owns: its share of PARTS_AT_ONCE parts takes 64 registers of a thread."""
+    return 1024 // head_dim
 
 
-@triton.jit(do_not_specialize=["heads", "n", "stride_ob", "stride_oh", "stride_on"])
+@gluon.jit(do_not_specialize=["heads", "n", "stride_ob", "stride_oh", "stride_on"])
 def combine(
     p_part, p_part_lse, p_out, p_lse, p_merges, heads, n, stride_ob, stride_oh, stride_on,
-    D: tl.constexpr, ROWS: tl.constexpr, MAX_PARTS: tl.constexpr, AT_ONCE: tl.constexpr,
+    D: gl.constexpr, ROWS: gl.constexpr, AT_ONCE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Own ROWS rows of a query tile and add up its parts in increasing order, AT_ONCE loads under way at a time.
+    """Own ROWS rows of a query tile and add up its parts in increasing order, AT_ONCE at a time.
 
-    A part without keys has the log-sum-exp -inf and no output. Parts of short rings may all but one be such. The loads
-    depend on nothing that is loaded, so that they share one wait: past the last part they read it again.
+    A part without keys has the log-sum-exp -inf and no output. Parts of short rings may all but one be such. A thread
+    holds the same rows and columns of every part, so that all loads are under way at once and nothing is exchanged.
     """
-    p_merge = p_merges + tl.program_id(0) * FIELDS
-    i_b = tl.load(p_merge).to(tl.int64)
-    i_h = tl.load(p_merge + 1).to(tl.int64)
-    first = tl.load(p_merge + 2)
-    unit = tl.load(p_merge + 3)
-    step = tl.load(p_merge + 4)
-    parts = tl.load(p_merge + 5)
-    i_r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    i_p = tl.arange(0, MAX_PARTS)
-    i_d = tl.arange(0, D)
+    PARTS: gl.constexpr = gl.BlockedLayout([AT_ONCE, 1, 4], [1, 128 // D, D // 4], [1, 4, 1], [2, 1, 0])
+    LSES: gl.constexpr = gl.SliceLayout(2, PARTS)
+    RESULT: gl.constexpr = gl.SliceLayout(0, PARTS)
+    p_merge = p_merges + gl.program_id(0) * FIELDS
+    i_b = gl.load(p_merge).to(gl.int64)
+    i_h = gl.load(p_merge + 1).to(gl.int64)
+    first = gl.load(p_merge + 2)
+    unit = gl.load(p_merge + 3)
+    step = gl.load(p_merge + 4)
+    parts = gl.load(p_merge + 5)
+    i_r = gl.program_id(1) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LSES))
+    i_p = gl.arange(0, AT_ONCE, layout=gl.SliceLayout(1, LSES))
+    i_d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(0, PARTS)))
+    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(0, LSES))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(0, LSES))
+    acc = gl.zeros([ROWS, D], gl.float32, RESULT)
     # Dependents come last: CTAs that settle while a decode kernel still runs crowd the first multiprocessors it leaves.
-    gdc_wait()
-    gdc_launch_dependents()
-
-    at = (unit + i_p * step).to(tl.int64)[:, None] * 64 + i_r[None, :]
-    lse = tl.load(p_part_lse + at, mask=(i_p < parts)[:, None], other=float("-inf"))
-    top = tl.max(lse, 0)
-    total = tl.sum(tl.exp2(lse - top[None, :]), 0)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    await_prerequisites()
+    allow_dependents()
     for start in range(0, parts, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            row = (unit + tl.minimum(start + i, parts - 1) * step).to(tl.int64) * 64 + i_r
-            part_lse = tl.load(p_part_lse + row)
-            part = tl.load(p_part + row[:, None] * D + i_d[None, :])
-            weight = tl.where(start + i < parts, tl.exp2(part_lse - top), 0.0)
-            acc += tl.where(weight[:, None] > 0, weight[:, None] * part, 0.0)
+        at = (unit + (start + i_p) * step).to(gl.int64)[:, None] * 64 + i_r[None, :]
+        exists = (start + i_p < parts)[:, None] & (i_r >= 0)[None, :]
+        lse = gl.load(p_part_lse + at, mask=exists, other=float("-inf"))
+        columns = gl.expand_dims(gl.expand_dims(i_d, 0), 0)
+        part = gl.load(p_part + (gl.expand_dims(at, 2) * D + columns), mask=gl.expand_dims(exists, 2), other=0.0)
+        new_top = gl.maximum(top, gl.max(lse, 0))
+        base = gl.where(new_top > float("-inf"), new_top, 0.0)
+        fade = gl.exp2(top - base)
+        weight = gl.exp2(lse - base[None, :])
+        total = total * fade + gl.sum(weight, 0)
+        seen = gl.expand_dims(weight, 2)
+        added = gl.sum(gl.where(seen > 0, seen * part, 0.0), 0)
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, RESULT), assert_trivial=True)[:, None] + added
+        top = new_top
 
     rows = first + i_r
     in_n = rows < n
-    tl.store(p_lse + (i_b * heads + i_h) * n + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=in_n)
-    p_row = p_out + i_b * stride_ob + i_h * stride_oh + rows.to(tl.int64)[:, None] * stride_on
-    out = (acc / total[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_row + i_d[None, :], out, mask=in_n[:, None])
+    gl.store(p_lse + (i_b * heads + i_h) * n + rows, (top + gl.log2(total)) * 0.6931471805599453, mask=in_n)
+    share = gl.convert_layout(1.0 / total, gl.SliceLayout(1, RESULT), assert_trivial=True)
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, RESULT), assert_trivial=True)
+    columns = gl.convert_layout(i_d, gl.SliceLayout(0, RESULT), assert_trivial=True)
+    at_row = i_b * stride_ob + i_h * stride_oh + rows.to(gl.int64) * stride_on
+    p_row = p_out + gl.multiple_of(at_row, 8)[:, None]  # strides are such multiples, as TMA asks for
+    out = (acc * share[:, None]).to(p_out.dtype.element_ty)
+    gl.store(p_row + columns[None, :], out, mask=(rows < n)[:, None])

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..portable.forward import LOG2E
-from .combine import FIELDS, PARTS_AT_ONCE, ROWS, combine, room
+from .combine import FIELDS, PARTS_AT_ONCE, combine, rows_of_program
 from .decode_persistent import decode_persistent
-from .decode_plan import LanePlan, parts_of, plan_lane, table_of
+from .decode_plan import LanePlan, plan_lane, table_of
 from .decode_small import decode_small
 from .launch import descriptor, multiprocessors
 
 
 class _Tables(NamedTuple):
-    """A plan and its table on the device: items [rounds * ctas, 8] and merges [M, 6], int32; `most` parts of a tile.
+    """A plan and its table on the device: items [rounds * ctas, 8] and merges [M, 6], int32.
 
     Graphs hold the addresses of these tensors, so none is ever dropped.
     """
@@ -33,7 +33,6 @@ class _Tables(NamedTuple):
     items: Tensor
     merges: Tensor
     units: int
-    most: int
 
 
 @cache
@@ -47,7 +46,7 @@ def _tables(
     table = table_of(plan, batch, n, sms)
     items = torch.tensor(table.items, dtype=torch.int32, device=device)
     merges = torch.tensor(table.merges, dtype=torch.int32, device=device).reshape(-1, FIELDS.value)
-    return _Tables(plan, table.ctas, items, merges, table.units, max(parts_of(plan)))
+    return _Tables(plan, table.ctas, items, merges, table.units)
 
 
 def decode(
@@ -123,15 +122,15 @@ def _decode(
             W=config.warpgroups, TURNS=config.turns, REGISTERS=config.registers, **constants, launch_pdl=True,
         )  # fmt: skip
     else:
-        row_tiles = -(-n // 64)
         splits = len(plan.bundles) // len(plan.tiles)
-        decode_small[(batch * heads * row_tiles * splits,)](
+        decode_small[(-(-n // 64) * splits, heads, batch)](
             *inputs, *results, *filled,
-            heads, heads // kv_heads, n, slots, row_tiles, splits, *row_strides, scale2,
+            heads, heads // kv_heads, n, slots, splits, *row_strides, scale2,
             **constants, launch_pdl=True,
         )  # fmt: skip
     if tables.units:
-        combine[(tables.merges.shape[0], 64 // ROWS)](
+        rows = rows_of_program(d)
+        combine[(tables.merges.shape[0], 64 // rows)](
             part, part_lse, out, lse, tables.merges, heads, n, *out.stride()[:3],
-            D=d, ROWS=ROWS, MAX_PARTS=room(tables.most), AT_ONCE=PARTS_AT_ONCE, num_warps=4, launch_pdl=True,
+            D=d, ROWS=rows, AT_ONCE=PARTS_AT_ONCE, num_warps=4, launch_pdl=True,
         )  # fmt: skip

@@ -25,14 +25,18 @@ from .softmax import first_weights, next_weights, rescale
 
 
 @gluon.jit
+def _expect(tile, tiles, full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Announce the copy of key tile `tile` of this CTA's `tiles`, if there is such a tile."""
+    mbarrier.expect(full.index(tile % STAGES), BN * D * 2, pred=tile < tiles)
+
+
+@gluon.jit
 def _copy(desc, at, tile, tiles, full, buffers, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Start the copy of key tile `tile` of this CTA's `tiles` into its stage, if there is such a tile."""
+    """Start the copy, announced before, of key tile `tile` of this CTA's `tiles` into its stage."""
     lane, i_kv, slot = at
     stage = tile % STAGES
-    wanted = tile < tiles
-    mbarrier.expect(full.index(stage), BN * D * 2, pred=wanted)
     coordinates = [lane, i_kv, slot + tile * BN, 0]
-    tma_load(desc, coordinates, full.index(stage), box(buffers.index(stage), BN, D), pred=wanted)
+    tma_load(desc, coordinates, full.index(stage), box(buffers.index(stage), BN, D), pred=tile < tiles)
 
 
 @gluon.jit
@@ -53,6 +57,7 @@ def _loop(
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     cta_barrier()
+    _expect(STAGES, tiles, k_full, BN, D, STAGES)
     _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
     exists = gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES)) + slot >= 0
     weights, top, total = first_weights(gl.where(exists[None, :], s, float("-inf")), scale2)
@@ -72,6 +77,8 @@ def _loop(
         mbarrier.wait(k_full.index((j + 1) % STAGES), (j + 1) // STAGES & 1, pred=j + 1 < tiles)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         cta_barrier()
+        _expect(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
+        _expect(j + STAGES, tiles, k_full, BN, D, STAGES)
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         acc = rescale(acc, fade)
@@ -86,16 +93,19 @@ def _loop(
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "group", "n", "slots", "row_tiles", "splits", "stride_valid", "stride_lanes",
+        "heads", "group", "n", "slots", "splits", "stride_valid", "stride_lanes",
     ],
     do_not_specialize_on_alignment=["p_valid", "p_lanes"],
 )  # fmt: skip
 def decode_small(
     q_desc, k_desc, v_desc, out_desc, p_lse, p_part, p_part_lse, p_valid, p_lanes,
-    heads, group, n, slots, row_tiles, splits, stride_valid, stride_lanes, scale2,
+    heads, group, n, slots, splits, stride_valid, stride_lanes, scale2,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LANES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Own one of `splits` parts of the keys of one query tile; write the output, or if cut the workspace."""
+    """Own one of `splits` parts of the keys of one query tile; write the output, or if cut the workspace.
+
+    Programs: parts of the tiles of a head, heads, rows of the call.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -110,23 +120,26 @@ def decode_small(
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
-    unit = gl.program_id(0)
-    i_split = unit % splits
-    i_n = unit // splits % row_tiles * 64
-    i_h = unit // (splits * row_tiles) % heads
-    i_b = unit // (splits * row_tiles * heads)
-    i_kv = i_h // group
-    await_prerequisites()
+    # What can be is done before the wait. A barrier whose copy is not made after all is never waited for.
     mbarrier.expect(q_full, 64 * D * 2)
-    tma_load(q_desc, [i_b, i_h, i_n, 0], q_full, box(q, 64, D))
+    for i in gl.static_range(STAGES):
+        mbarrier.expect(k_full.index(i), BN * D * 2)
+        mbarrier.expect(v_full.index(i), BN * D * 2)
+    i_split = gl.program_id(0) % splits
+    i_n = gl.program_id(0) // splits * 64
+    i_h = gl.program_id(1)
+    i_b = gl.program_id(2)
+    unit = (i_b * heads + i_h) * gl.num_programs(0) + gl.program_id(0)
+    await_prerequisites()
     valid = gl.minimum(gl.load(p_valid + i_b.to(gl.int64) * stride_valid), slots).to(gl.int32)
     if HAS_LANES:
         lane = gl.load(p_lanes + i_b.to(gl.int64) * stride_lanes).to(gl.int32)
     else:
         lane = i_b
+    tma_load(q_desc, [i_b, i_h, i_n, 0], q_full, box(q, 64, D))
     first, last = key_tiles_of_part(i_split, i_split + 1, valid, splits, BN)
     tiles = last - first
-    at = (lane, i_kv, valid - last * BN)
+    at = (lane, i_h // group, valid - last * BN)
     for i in gl.static_range(STAGES):
         _copy(k_desc, at, i, tiles, k_full, k_smem, BN, D, STAGES)
         _copy(v_desc, at, i, tiles, v_full, v_smem, BN, D, STAGES)
