@@ -14,8 +14,8 @@ pytest.importorskip("triton.experimental.gluon")
 from swba_kernels import BlockWindow
 from swba_kernels.hopper import backward_ranges
 
-NUMPY = SimpleNamespace(minimum=np.minimum, maximum=np.maximum, where=np.where)
-NAMES = ("block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile", "turn_of")
+NUMPY = SimpleNamespace(minimum=np.minimum, maximum=np.maximum, where=np.where, constexpr=int)
+NAMES = ("block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile", "turn_of", "place")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,6 +144,18 @@ def test_the_walk_over_keys_meets_every_visible_pair_once(problem, tile) -> None
 def test_the_fused_walk_meets_every_visible_pair_once_and_adds_in_turn(problem, tile) -> None:
     pattern, n = problem
     np.testing.assert_array_equal(walk_fused(pattern, n, *tile), pattern.mask(n).numpy())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
+def test_work_is_handed_out_once_and_by_key_within_a_head(n, batch, kv_heads) -> None:
+    tiles = -(-n // 4)
+    seen = {(b, h): 0 for b in range(batch) for h in range(kv_heads)}
+    for i_work in range(tiles * batch * kv_heads):
+        i_b, i_h, first = backward_ranges.place(i_work, kv_heads, batch * kv_heads, (n, 1, 1, 0, 0), 4)
+        assert first == seen[i_b, i_h]
+        seen[i_b, i_h] += 4
+    assert set(seen.values()) == {tiles * 4}
 
 
 SHAPES = [

@@ -59,9 +59,9 @@ class Fused(NamedTuple):
 
 # Chosen by registers, spills and shared memory of ahead-of-time compiles under triton 3.6.0; by (D, deterministic).
 CONFIGS: dict[tuple[int, bool], Split | Fused] = {
-    (64, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 128, 3, 240)),
+    (64, True): Split(dkv=Walk(2, 64, 4, 240), dq=Walk(2, 128, 3, 240)),
     (128, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
-    (64, False): Fused(stages=3, slope_stages=3, registers=208, in_turn=False),
+    (64, False): Fused(stages=4, slope_stages=3, registers=208, in_turn=False),
     (128, False): Fused(stages=2, slope_stages=2, registers=240, in_turn=False),
 }
 

@@ -46,7 +46,7 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
     start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
@@ -122,7 +122,7 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     SUM_ROWS: gl.constexpr = dq_smem.shape[0]
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
     tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))

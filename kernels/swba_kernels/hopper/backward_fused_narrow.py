@@ -36,7 +36,7 @@ def _produce(inputs, buffers, barriers, i_work, pattern, shape):
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
     tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
@@ -77,7 +77,7 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
     start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
@@ -150,7 +150,7 @@ def _fold_and_add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     query_tiles = (n + BLOCK_M - 1) // BLOCK_M
     none = gl.zeros([BLOCK_M, D], gl.float32, SUMS)

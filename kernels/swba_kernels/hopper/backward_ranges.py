@@ -99,10 +99,20 @@ def turn_of(first, row, pattern, KEYS: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def place(i_work, kv_heads, heads_in_all, BLOCK_N: gl.constexpr):
-    """Return (batch row, kv head, first key) of a piece of work: tile by tile, all B * Hkv heads of a tile in a row."""
-    i_kv = i_work % heads_in_all
-    return i_kv // kv_heads, i_kv % kv_heads, i_work // heads_in_all * BLOCK_N
+def place(i_work, kv_heads, all_heads, pattern, BLOCK_N: gl.constexpr):
+    """Return (batch row, kv head, first key) of a piece of work.
+
+    Up to 8 of all B * Hkv heads run side by side, tile by tile. So programs that add in turn seldom wait, as a tile of
+    a head is some steps behind the one before it, and what they read and add to stays in the L2 cache.
+    """
+    TOGETHER: gl.constexpr = 8
+    n, _, _, _, _ = pattern
+    tiles = (n + BLOCK_N - 1) // BLOCK_N
+    before = i_work // (tiles * TOGETHER) * TOGETHER
+    together = gl.minimum(all_heads - before, TOGETHER)
+    i_work -= before * tiles
+    i_kv = before + i_work % together
+    return i_kv // kv_heads, i_kv % kv_heads, i_work // together * BLOCK_N
 
 
 @gluon.jit
