@@ -12,10 +12,10 @@ from ops_cases import op_samples
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import swba_kernels
-from swba_kernels import BlockWindow, choice, choose_impl, ops, prefers_torch_decode, sdpa
+from swba_kernels import BlockWindow, choice, choose_impl, ops, sdpa
 from swba_kernels.hopper import supports
 
-PATTERN = BlockWindow(64, 192, 16)
+PATTERN = BlockWindow(96, 192, 16)
 OPS = ("forward", "prefill", "decode")
 
 
@@ -83,14 +83,6 @@ def test_a_head_dim_is_refused_before_the_first_call(gpu, monkeypatch) -> None:
         choice.check_served("hopper", torch.empty(0, 0, 0, 80).half(), "decode")
 
 
-def test_cudnn_decodes_a_full_ring_only_where_hopper_cannot_run(gpu, monkeypatch) -> None:
-    monkeypatch.setattr(choice, "_gpu", lambda index: ("NVIDIA H200", 132, choice._CUDNN))
-    wan = {"rows": 1, "heads": 12, "tokens": 4680, "slots": 32760, "head_dim": 128}
-    assert not prefers_torch_decode(torch.device("cuda:0"), torch.bfloat16, **wan)
-    gpu(triton="too old a Triton")
-    assert prefers_torch_decode(torch.device("cuda:0"), torch.bfloat16, **wan)
-
-
 @pytest.mark.parametrize(
     ("version", "serves"),
     [("3.5.1", False), ("3.6.0", True), ("3.7.1", True), ("3.9.0+git1", True), ("3.10.0", False), ("4.0.0", False)],
@@ -140,7 +132,7 @@ class Played:
                 self.deterministic.append(deterministic)
                 return sdpa.backward(*tensors, **options)
             if name == "decode":
-                return sdpa.decode(*tensors, full=False, need_lse=True, **options)
+                return sdpa.decode(*tensors, need_lse=True, **options)
             if ring is not None:
                 return sdpa.prefill(*tensors, *ring, need_lse=True, **options)
             return sdpa.forward(*tensors, need_lse=True, **options)
@@ -270,7 +262,7 @@ def test_one_compiled_graph_serves_every_size_and_decides_as_it_runs(played) -> 
     counter = CompileCounterWithBackend("aot_eager")
     call = torch.compile(lambda q, k, v, pattern: attend(q, k, v, pattern=pattern), fullgraph=True, backend=counter)
     seen = []
-    for n, block_size in ((200, 70), (300, 64), (333, 80), (400, 63), (410, 20), (500, 300)):
+    for n, block_size in ((200, 100), (300, 96), (333, 110), (400, 63), (410, 20), (500, 300)):
         inputs, pattern = draw(n), BlockWindow(block_size, 3 * block_size)
         out = call(*inputs, pattern)
         torch.testing.assert_close(out, attend(*inputs, pattern=pattern, impl="sdpa"))
