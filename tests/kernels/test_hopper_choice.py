@@ -199,7 +199,7 @@ def test_tensors_that_tma_cannot_read_run_portable_under_auto_and_raise_by_name(
 
 @pytest.mark.parametrize("spoil", [unaligned, odd_strides])
 def test_rings_that_tma_cannot_read_run_portable_under_auto_and_raise_by_name(spoil, played) -> None:
-    q = draw(64)[0].detach()
+    q = draw(96)[0].detach()
     ring, bad = torch.randn(1, 2, 256, 64).half(), spoil(torch.randn(1, 2, 256, 64).half())
     rows = torch.tensor([100])
     for rings in ((ring, ring), (bad, ring), (ring, bad)):
