@@ -73,8 +73,9 @@ _START = {True: 5000.0, False: 2500.0}  # of a launch until its first matmul: pe
 _PART = {True: 3500.0, False: 2000.0}  # of a part besides its key tiles: queries, first scores, last matmul, result
 _MERGE = 5000.0  # of the merge's launch and its first loads
 _MERGE_BYTES = 2500.0  # of partial results, written and read in a cycle
-_CACHE = 32 << 20  # bytes of keys and values that CTAs at different keys share through the second-level cache
-_CUT, _MISS = 1.05, 1.3  # slowdown of cut tiles, whose neighbours read other keys: within that cache, and beyond
+_CACHE = 48 << 20  # bytes of keys and values that CTAs at different keys share through the second-level cache
+_MEMORY = 2800.0  # bytes in a cycle from memory, which is what such CTAs read beyond that cache
+_CUT = 1.05  # slowdown of cut tiles, whose neighbours read other keys
 _WAITS = 1.4  # of a small CTA, in units of its work, which neighbours on its multiprocessor hide in part
 _IDLE = 0.6  # exponent: half the rows of a tile take 2 ** -0.6 of its time, for nobody fills the waits
 _SHORTEST = 2  # key tiles of a part that is worth a CTA's start
@@ -190,7 +191,8 @@ def cost_of(plan: LanePlan, lanes: int, multiprocessors: int, head_dim: int) -> 
     if persistent:
         heads = {tile.head for tile, count in zip(plan.tiles, counts, strict=True) if count > 1}
         held = lanes * len(heads) * plan.slot_tiles * config.key_tile * head_dim * 4
-        costs = bundle_costs(plan, _CUT if held <= _CACHE else _MISS) * lanes
+        wanted = multiprocessors * config.key_tile * head_dim * 4 / config.cycles
+        costs = bundle_costs(plan, _CUT if held <= _CACHE else max(_CUT, wanted / _MEMORY)) * lanes
         busiest = max(sum(costs[i] for i in x) for x in assign(costs, multiprocessors * config.resident))
     else:
         shared = -(-lanes * len(plan.bundles) // multiprocessors)
