@@ -43,7 +43,6 @@ class Block:
         on_history: a prefill of which some lane is not empty.
         sink_tokens: leading tokens of a prefill among which some lane has sinks that its window does not reach.
         written_end_before: of all lanes, to be restored if nothing was written.
-        full: the step sees a whole ring, and the kernels would make use of knowing it.
         touched: whether a ring may have been written.
         done: layers that attended.
         staged: by layer, what a prefill on history will write.
@@ -56,7 +55,6 @@ class Block:
     on_history: bool
     sink_tokens: int
     written_end_before: tuple[int, ...]
-    full: bool = False
     tensors: BlockTensors | None = None
     touched: bool = False
     done: set[int] = field(default_factory=set)

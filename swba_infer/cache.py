@@ -30,9 +30,6 @@ class RingKVCache:
     of a block are always the first min(position + N, C) slots. A block under way is written where tokens have just
     left its window: it can be attended again and again, and is dropped by doing nothing. `commit` makes it history.
 
-    Once the ring of a cache with one lane is full, a step may run on torch's attention where the kernels say that it
-    is faster. With several lanes it never does: a lane's bits must not depend on where other lanes are.
-
     Not differentiable and not thread-safe. Keys come rotated by their absolute positions.
 
     Args:
@@ -245,8 +242,7 @@ class RingKVCache:
         history = [self._position[lane] for lane in rows]
         self._check_block(tokens, rows, history, prefill)
         sinks = min(max(0, tokens - self.window), max(0, self.sink - min(history))) if prefill else 0
-        full = not prefill and self._sees_full_ring(tokens)
-        block = Block(tokens, len(rows), lanes, prefill, prefill and max(history) > 0, sinks, self.written_end, full)
+        block = Block(tokens, len(rows), lanes, prefill, prefill and max(history) > 0, sinks, self.written_end)
         if not prefill:
             self._note_written(block)
         self._block = block
@@ -327,9 +323,7 @@ class RingKVCache:
         block.touched = True
         if not block.prefill:
             self._write(layer, k, v, start, index)
-            out = swba_kernels.window_decode_attention(
-                q, k_ring, v_ring, valid, lanes=index, full=block.full, impl=self.impl
-            )
+            out = swba_kernels.window_decode_attention(q, k_ring, v_ring, valid, lanes=index, impl=self.impl)
         elif block.on_history:
             pattern = replace(self.stream.pattern, first_block=0)
             out = swba_kernels.prefill_attention(q, k, v, pattern, k_ring, v_ring, start, lanes=index, impl=self.impl)
@@ -340,13 +334,6 @@ class RingKVCache:
         assert isinstance(out, Tensor)
         block.done.add(layer)
         return out
-
-    def _sees_full_ring(self, tokens: int) -> bool:
-        """Tell whether a step of the only lane sees every slot, and the kernels (equal heads) would make use of it."""
-        return self.lanes == 1 and self._position[0] + tokens >= self.capacity and swba_kernels.prefers_torch_decode(
-            self.device, self.dtype, rows=1, heads=self.kv_heads, tokens=tokens, slots=self.capacity,
-            head_dim=self.head_dim, impl=self.impl,
-        )  # fmt: skip
 
     def _write(self, layer: int, k: Tensor, v: Tensor, position: Tensor, index: Tensor | None) -> None:
         k_ring, v_ring = self._rings[layer]

@@ -29,23 +29,12 @@ class _CapturedStep(NamedTuple):
     out: Tensor
 
 
-def step_signature(block: Block, tokens: Tensor, conditioning: Conditioning, commit: bool) -> Hashable:
-    """Return what two steps must have in common to be served by one graph.
-
-    Tokens' shape, commit, all lanes or how many, whether the kernels make use of a full ring (`Block.full`, from the
-    position on the host), conditioning names, shapes, dtypes and static values.
-    """
-    lanes = None if block.lanes is None else block.rows
-    return tuple(tokens.shape), commit, lanes, block.full, conditioning.signature()
-
-
 class StepGraphs:
-    """Capture a step when its signature (`step_signature`) is first seen, and replay it from then on.
+    """Capture a step when its signature is first seen, and replay it from then on.
 
-    One graph serves a stream while its ring fills and after, except where the kernels prefer torch's attention for
-    the full ring of a single lane: then a second graph takes over when it is full, and the first one again after a
-    reset. Positions are read and advanced on the device, inside the graph; tokens, lanes and conditioning are copied
-    into static buffers; what is returned is a copy.
+    A signature is (tokens' shape, commit, all lanes or how many, conditioning names, shapes, dtypes and static
+    values): one graph serves a stream while its ring fills and after. Positions are read and advanced on the device,
+    inside the graph; tokens, lanes and conditioning are copied into static buffers; what is returned is a copy.
 
     Args:
         cache: the ring cache that the forward attends to; tokens are copied in with its dtype.
@@ -77,7 +66,8 @@ class StepGraphs:
 
         Raises whatever the model raises while it is captured.
         """
-        signature = step_signature(block, tokens, conditioning, commit)
+        lanes = None if block.lanes is None else block.rows
+        signature = (tuple(tokens.shape), commit, lanes, conditioning.signature())
         block.touched = True
         with torch.cuda.device(self._cache.device):
             step = self._steps.get(signature)

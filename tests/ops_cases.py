@@ -38,4 +38,4 @@ def op_samples(
     q, k_ring, v_ring, valid, lanes = decode_case(case, dtype, device)
     rings = k_ring.nan_to_num(0.5), v_ring.nan_to_num(0.5)
     for chosen, need_lse in ((lanes, True), (None, False)):
-        yield ops.decode.default, (q, *rings, valid, chosen, 0.3, False, impl, need_lse)
+        yield ops.decode.default, (q, *rings, valid, chosen, 0.3, impl, need_lse)

@@ -9,7 +9,7 @@ from .api import (
     ring_write,
     window_decode_attention,
 )
-from .choice import Choice, choose_impl, prefers_torch_decode
+from .choice import Choice, choose_impl
 from .pattern import BlockWindow
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "attention",
     "block_window_attention",
     "choose_impl",
-    "prefers_torch_decode",
     "prefill_attention",
     "ring_write",
     "window_decode_attention",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops as ops
-from .choice import MAX_HEAD_DIM, prefers_torch_decode, resolve
+from .choice import MAX_HEAD_DIM, resolve
 from .pattern import BlockWindow
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -145,7 +145,6 @@ def window_decode_attention(
     lanes: Tensor | None = None,
     sm_scale: float | None = None,
     return_lse: bool = False,
-    full: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from every query of a block to the first valid[b] slots of its ring lane.
@@ -155,9 +154,6 @@ def window_decode_attention(
         k_ring, v_ring: [L, Hkv, S, D].
         valid: int64 [B] from 1 to S, read on the device.
         lanes: int64 [B], the ring lane of each row; None where row b reads lane b.
-        full: the caller knows on the host that valid[b] == S for all rows; lets "auto" use torch's cuDNN attention
-            where that was measured faster (`prefers_torch_decode`; nowhere that the Hopper kernels run). Its rounding
-            differs from the kernel's here.
         sm_scale, return_lse, impl: as in `block_window_attention`.
 
     Returns:
@@ -172,16 +168,9 @@ def window_decode_attention(
     _check_lanes(lanes, q, k_ring)
     if q.shape[2] > k_ring.shape[2]:
         raise ValueError(f"q: expected at most {k_ring.shape[2]} tokens (the slots of the ring), got {q.shape[2]}")
-    if not isinstance(full, bool):
-        raise TypeError(f"full: expected a bool, got {type(full).__name__}")
     name = resolve(impl, q, "decode")
-    if full and lanes is None and not return_lse and q.shape[1] == k_ring.shape[1]:
-        rows, heads, tokens, head_dim = q.shape
-        sizes = {"rows": rows, "heads": heads, "tokens": tokens, "slots": k_ring.shape[2], "head_dim": head_dim}
-        if prefers_torch_decode(q.device, q.dtype, **sizes, impl=impl):
-            name = "cudnn"
     out, lse = torch.ops.swba.decode(
-        q.detach(), k_ring.detach(), v_ring.detach(), valid, lanes, _scale(sm_scale, q), full, name, return_lse,
+        q.detach(), k_ring.detach(), v_ring.detach(), valid, lanes, _scale(sm_scale, q), name, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -25,31 +25,6 @@ _NAMES = ("auto", "hopper", "triton", "sdpa")
 HOPPER_OR_TRITON = "hopper-or-triton"
 
 
-class TorchDecode(NamedTuple):
-    """Where cuDNN's attention, through torch, was measured faster than the kernel here for a full ring.
-
-    Attributes:
-        gpu: a part of the device name.
-        head_dim: head dim.
-        tiles: query tiles of 128 tokens, of all heads and rows, for each multiprocessor; at least.
-        slots: slots of the ring; at least.
-    """
-
-    gpu: str
-    head_dim: int
-    tiles: float
-    slots: int
-
-
-# Each line is the smallest measured shape that cuDNN won (bf16, CUDA graph replay, cuDNN 9.19); of those it lost, the
-# nearest have 1.2 tiles a multiprocessor with head dim 128 and 0.25 with head dim 64.
-_TORCH_DECODE = (
-    TorchDecode("NVIDIA H200", 128, 3.3, 32760),  # 12 heads, 4680 tokens: 1.87 ms against 1.97; 40 heads: 5.45, 6.69
-    TorchDecode("NVIDIA H200", 64, 1.9, 4096),  # 8 rows, 16 heads, 256 tokens: 80 us against 93
-)
-_CUDNN = 91900  # the version that was measured; older ones are not used
-
-
 class Choice(NamedTuple):
     """An implementation ("hopper", "triton" or "sdpa") and the reason it was chosen."""
 
@@ -134,35 +109,6 @@ def _hopper_obstacle(device: str, index: int | None, dtype: torch.dtype) -> str 
     return build_obstacle() if dtype in DTYPES else f"{str(dtype).removeprefix('torch.')} (needs float16 or bfloat16)"
 
 
-def prefers_torch_decode(
-    device: torch.device, dtype: torch.dtype, *, rows: int, heads: int, tokens: int, slots: int, head_dim: int,
-    impl: str = "auto",
-) -> bool:  # fmt: skip
-    """Tell whether `window_decode_attention(..., full=True)` runs torch's cuDNN attention for these sizes.
-
-    It does so only for as many key/value heads as query heads, without `lanes` and without `return_lse`, and only where
-    the Hopper kernels cannot run.
-    Callers that capture graphs ask, since a graph captured with full=True serves full rings only.
-    """
-    if impl != "auto" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if _resolve(impl, device.type, device.index, dtype, "decode") != "triton":
-        return False
-    name, multiprocessors, cudnn = _gpu(device.index)
-    tiles = -(-tokens // 128) * heads * rows
-    return cudnn >= _CUDNN and any(
-        at.gpu in name and at.head_dim == head_dim and tiles >= at.tiles * multiprocessors and slots >= at.slots
-        for at in _TORCH_DECODE
-    )
-
-
-def _gpu(index: int | None) -> tuple[str, int, int]:
-    """Return the name and multiprocessors of a GPU, and the version of cuDNN, 0 if it is missing or turned off."""
-    properties = torch.cuda.get_device_properties(index)
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.enabled else None
-    return properties.name, properties.multi_processor_count, cudnn or 0
-
-
 def _resolve(impl: str, device: str, index: int | None, dtype: torch.dtype, op: str) -> str:
     if impl == "auto":
         return _choose(device, index, dtype, op).name
@@ -176,7 +122,6 @@ def _resolve(impl: str, device: str, index: int | None, dtype: torch.dtype, op: 
 
 # What torch.compiler.assume_constant_result sets; calling it here would import the whole compiler (a second).
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(impl: str, x: Tensor, op: str) -> str:

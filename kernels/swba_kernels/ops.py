@@ -3,10 +3,9 @@
 B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N new tokens, S ring slots, D head dim.
 
 Sizes are SymInt, so that torch.compile can leave them dynamic. `impl` names the implementation, already resolved:
-"hopper", "triton" or "sdpa", or for decode "cudnn" (full rings, no lanes, no log-sum-exp). "hopper-or-triton" leaves to
-each call, as it runs, which of the two suits its tensors and sizes; both save the same log-sum-exp, so a backward may
-run on the other one. `need_lse=False` lets an implementation that would have to compute the log-sum-exp apart leave it
-out: `lse` is then [B, H, 0].
+"hopper", "triton" or "sdpa". "hopper-or-triton" leaves to each call, as it runs, which of the two suits its tensors and
+sizes; both save the same log-sum-exp, so a backward may run on the other one. `need_lse=False` lets an implementation
+that would have to compute the log-sum-exp apart leave it out: `lse` is then [B, H, 0].
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _LIBRARY.define(
     f"{_PATTERN}, str impl, bool need_lse) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "decode(Tensor q, Tensor k_ring, Tensor v_ring, Tensor valid, Tensor? lanes, float scale, bool full, "
+    "decode(Tensor q, Tensor k_ring, Tensor v_ring, Tensor valid, Tensor? lanes, float scale, "
     "str impl, bool need_lse) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
@@ -139,7 +138,7 @@ def _prefill(
 
 def _decode(
     q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None,
-    scale: float, full: bool, impl: str, need_lse: bool,
+    scale: float, impl: str, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q = _dense(q)
     if _on_hopper(impl, "decode", q.shape[2], q, k_ring, v_ring):
@@ -152,12 +151,7 @@ def _decode(
         return decode(q, k_ring, v_ring, valid, lanes, scale=scale)
     from . import sdpa
 
-    if impl == "cudnn":
-        assert full
-        assert lanes is None
-        assert not need_lse
-        return sdpa.decode_by_cudnn(q, k_ring, v_ring, scale=scale)
-    return sdpa.decode(q, k_ring, v_ring, valid, lanes, scale=scale, full=full, need_lse=need_lse)
+    return sdpa.decode(q, k_ring, v_ring, valid, lanes, scale=scale, need_lse=need_lse)
 
 
 def _ring_write(
@@ -196,7 +190,7 @@ def _prefill_fake(
 
 def _decode_fake(
     q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None,
-    scale: float, full: bool, impl: str, need_lse: bool,
+    scale: float, impl: str, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _fake_out(q, impl, need_lse)
 

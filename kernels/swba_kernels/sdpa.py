@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .pattern import BlockWindow
 
@@ -88,14 +87,12 @@ def prefill(
 
 def decode(
     q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None, *,
-    scale: float, full: bool = False, need_lse: bool = True,
+    scale: float, need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attend to slots [0, valid[b]) of each row's ring lane; `full` promises valid[b] == S. Results as in `forward`."""
+    """Attend to slots [0, valid[b]) of each row's ring lane. Results as in `forward`."""
     capacity = k_ring.shape[2]
-    if full or q.device.type != "cpu":
+    if q.device.type != "cpu":
         k, v = (x[: q.shape[0]] if lanes is None else x[lanes] for x in (k_ring, v_ring))
-        if full:
-            return _attend(q, k, v, scale, need_lse)
         seen = torch.arange(capacity, device=q.device) < valid[:, None]
         return _attend_seen(q, k, v, seen, scale, need_lse)
     lengths = valid.tolist()
@@ -109,12 +106,6 @@ def decode(
         k, v = (x[lane : lane + 1, :, :n] for x in (k_ring, v_ring))
         out[b : b + 1], lse[b : b + 1] = _attend(q[b : b + 1], k, v, scale, need_lse)
     return out, lse
-
-
-def decode_by_cudnn(q: Tensor, k_ring: Tensor, v_ring: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend from row b to all slots of ring lane b with torch's cuDNN kernel; as `decode` without the log-sum-exp."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _attend(q, k_ring[: q.shape[0]], v_ring[: q.shape[0]], scale, need_lse=False)
 
 
 def ring_write(

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ours", default="all", help=f"comma-separated: {', '.join(OURS)}, or all (default: %(default)s)"
     )
-    parser.add_argument("--impl", default="auto", help="what swba and swba-full run (default: %(default)s)")
+    parser.add_argument("--impl", default="auto", help="what swba runs (default: %(default)s)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--budget", type=float, default=1.6, help="seconds per variant and pass (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON to write; the plot goes beside it as .png")

@@ -111,16 +111,12 @@ def _call_ours(shape: Shape, impl: str, deterministic: bool, q: Tensor, k: Tenso
     return cast(Tensor, out)
 
 
-def _ours_decode(
-    shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None, full: bool = False
-) -> Forward:
+def _ours_decode(shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None) -> Forward:
     if name:
         _check_named(name, shape, tensors)
-    if full and shape.visible < shape.keys:
-        raise Unavailable("a partly filled ring")
     q, impl = tensors["q"], name or impl
     valid = torch.full((q.shape[0],), shape.visible, dtype=torch.int64, device=q.device)
-    return lambda q, k, v: cast(Tensor, swba_kernels.window_decode_attention(q, k, v, valid, full=full, impl=impl))
+    return lambda q, k, v: cast(Tensor, swba_kernels.window_decode_attention(q, k, v, valid, impl=impl))
 
 
 def _sdpa(backend: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Forward:
@@ -217,7 +213,7 @@ def _dense(make_dense: Callable[[Shape, Mapping[str, Tensor]], Forward]) -> Call
     return make_decode
 
 
-OURS = ("swba", "swba-full", "hopper", "hopper-fast", "triton")
+OURS = ("swba", "hopper", "hopper-fast", "triton")
 
 _TRAINING: dict[str, Callable[..., Forward]] = {
     "swba": _ours_training,
@@ -235,7 +231,6 @@ _TRAINING: dict[str, Callable[..., Forward]] = {
 
 _DECODE: dict[str, Callable[..., Forward]] = {
     "swba": _ours_decode,
-    "swba-full": partial(_ours_decode, full=True),
     "hopper": partial(_ours_decode, name="hopper"),
     "triton": partial(_ours_decode, name="triton"),
     "sdpa-cudnn": _dense(partial(_sdpa, "cudnn")),

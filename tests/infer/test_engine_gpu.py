@@ -19,7 +19,6 @@ from tolerance import assert_close
 from torch import Tensor
 
 from swba_infer import RingKVCache, StreamConfig, StreamingEngine
-from swba_kernels import choice, sdpa
 from swba_kernels.reference import block_window_reference
 
 pytestmark = pytest.mark.gpu
@@ -90,37 +89,6 @@ def test_one_graph_serves_a_signature_for_the_whole_stream():
         engine.step(tokens(1, seed=i), lanes=[i % 2])
     assert len(engine._graphs) == 3
     assert engine.position == (30 * BLOCK, 30 * BLOCK)
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="where cuDNN serves attention"
-)
-def test_a_graph_of_its_own_serves_the_full_ring_of_a_single_lane(monkeypatch):
-    monkeypatch.setattr(choice, "_TORCH_DECODE", (choice.TorchDecode("", 64, 0, 1),))
-    monkeypatch.setattr(choice, "_CUDNN", 1)
-    calls = []
-    by_cudnn = sdpa.decode_by_cudnn
-    monkeypatch.setattr(sdpa, "decode_by_cudnn", lambda *a, **b: calls.append(1) or by_cudnn(*a, **b))
-    engines = []
-    for cuda_graph in (True, False):
-        model = TinyModel(layers=3, heads=4, kv_heads=4, head_dim=64, channels=CHANNELS)
-        engine = StreamingEngine(model, STREAM, device=DEVICE, dtype=torch.bfloat16, cuda_graph=cuda_graph)
-        for ring in (engine.cache.k, engine.cache.v):
-            ring.fill_(float("nan"))
-        engines.append(engine)
-    captured, eager = engines
-    assert captured._graphs is not None
-    filling = -(-STREAM.capacity_tokens // BLOCK) - 1
-    for again in (False, True):
-        for i in range(filling + 3):
-            out, expected = (engine.step(tokens(1, seed=i)) for engine in engines)
-            assert torch.isfinite(out).all()
-            assert torch.equal(out, expected)
-            full = again or i >= filling
-            assert bool(calls) == full
-            assert len(captured._graphs) == 1 + full
-        captured.reset()
-        eager.reset()
 
 
 def test_what_a_captured_step_returns_belongs_to_the_caller():

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 import swba_kernels
-from swba_kernels import BlockWindow, choice, choose_impl, prefers_torch_decode, sdpa
+from swba_kernels import BlockWindow, choice, choose_impl
 
 PATTERN = BlockWindow(4, 8, 2)
 X = torch.randn(2, 4, 6, 16)
@@ -97,7 +96,6 @@ def test_rings_must_fit() -> None:
     rejects(lambda: decode(X, RING[:1], RING[:1], ROWS), r"k_ring: expected at least 2 lanes \(lanes=None\), got 1")
     rejects(lambda: decode(X, RING, RING, ROWS, lanes=ROWS.int()), "lanes: expected int64")
     rejects(lambda: decode(X, RING, RING, ROWS, lanes=torch.tensor([0, 3])), "lanes: expected lanes from 0 to 2")
-    rejects(lambda: decode(X, RING, RING, ROWS, full=1), "full: expected a bool", TypeError)
     turned = RING.mT.contiguous().mT
     rejects(lambda: decode(X, turned, turned, ROWS), r"k_ring, v_ring: expected adjacent elements")
     rejects(lambda: write(RING[:, :1], RING[:, :1], KV, KV, ROWS), "k_ring: expected the 2 heads of k, got 1")
@@ -157,114 +155,3 @@ def test_auto_chooses_by_capability_dtype_and_triton(capability, dtype, installe
     choice._choose.cache_clear()
     assert name == expected
     assert reason
-
-
-H200 = ("NVIDIA H200", 132, 91900)
-WAN = {"rows": 1, "heads": 12, "tokens": 4680, "slots": 32760, "head_dim": 128}
-
-
-def stub_gpu(monkeypatch, gpu=H200, name="triton") -> None:
-    """Pretend that "auto" runs `name` on `gpu`."""
-    monkeypatch.setattr(choice, "_gpu", lambda index: gpu)
-    monkeypatch.setattr(choice, "_resolve", lambda impl, *_: name if impl == "auto" else impl)
-
-
-def prefers(dtype=torch.bfloat16, impl="auto", **sizes) -> bool:
-    return prefers_torch_decode(torch.device("cuda:0"), dtype, **{**WAN, **sizes}, impl=impl)
-
-
-@pytest.mark.parametrize(
-    ("expected", "rows", "heads", "head_dim", "tokens", "slots"),
-    [
-        (True, 1, 12, 128, 4680, 32760),
-        (True, 1, 40, 128, 4680, 32760),
-        (True, 8, 16, 64, 256, 4096),
-        (False, 1, 12, 128, 1560, 32760),
-        (False, 1, 12, 64, 256, 4096),
-        (False, 1, 16, 64, 64, 2048),
-        (False, 1, 16, 64, 144, 4608),
-        (False, 1, 6, 64, 48, 768),
-    ],
-)
-def test_torch_decodes_what_it_was_measured_to_be_faster_at(
-    expected, rows, heads, head_dim, tokens, slots, monkeypatch
-) -> None:
-    stub_gpu(monkeypatch)
-    sizes = {"rows": rows, "heads": heads, "head_dim": head_dim, "tokens": tokens, "slots": slots}
-    assert prefers(**sizes) is expected
-    assert prefers(dtype=torch.float16, **sizes) is expected
-
-
-def test_torch_decodes_nothing_that_was_not_measured(monkeypatch) -> None:
-    stub_gpu(monkeypatch)
-    assert prefers()
-    assert not prefers(dtype=torch.float32)
-    assert not prefers(impl="triton")
-    assert not prefers(impl="sdpa")
-    assert not prefers(head_dim=96)
-    assert not prefers(slots=4680)
-    for gpu in (("NVIDIA H100", 132, 91900), ("NVIDIA GH200 144G HBM3e", 132, 91900), ("NVIDIA H200", 132, 0)):
-        stub_gpu(monkeypatch, gpu)
-        assert not prefers()
-    stub_gpu(monkeypatch, name="sdpa")
-    assert not prefers()
-
-
-@pytest.fixture
-def cudnn_calls(monkeypatch) -> list[sdpa.SDPBackend]:
-    """Let every full ring of head dim 16 be decoded by "cuDNN", played by a CPU; return which backends were forced."""
-    forced: list[sdpa.SDPBackend] = []
-    monkeypatch.setattr(choice, "_gpu", lambda index: ("stub", 1, 10**6))
-    monkeypatch.setattr(choice, "_TORCH_DECODE", (choice.TorchDecode("stub", 16, 2, 10),))
-    resolve = choice._resolve
-    monkeypatch.setattr(choice, "_resolve", lambda impl, *a: "triton" if impl == "auto" else resolve(impl, *a))
-    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda backend: forced.append(backend) or nullcontext())
-    return forced
-
-
-def test_a_full_ring_is_decoded_by_cudnn_where_the_table_says_so(cudnn_calls) -> None:
-    q, ring, valid = torch.randn(2, 2, 6, 16).half(), RING.half(), torch.tensor([10, 10])
-    decode = swba_kernels.window_decode_attention
-    out = decode(q, ring, -ring, valid, full=True)
-    assert cudnn_calls == [sdpa.SDPBackend.CUDNN_ATTENTION]
-    assert out.stride() == q.stride()
-    assert torch.equal(out, decode(q, ring, -ring, valid, impl="sdpa"))
-    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(decode(turned, ring, -ring, valid, full=True), out)
-    assert len(cudnn_calls) == 2
-
-
-@pytest.mark.parametrize("change", ["not full", "lse", "lanes", "grouped heads", "float32", "few tiles", "by name"])
-def test_cudnn_decodes_nothing_else(change, cudnn_calls, monkeypatch) -> None:
-    impls = []
-    monkeypatch.setattr(torch.ops.swba, "decode", lambda *a: impls.append(a[-2]) or (a[0], a[0]))
-    q, options = torch.randn(2, 2, 6, 16).half(), {"full": True}
-    if change == "not full":
-        options = {}
-    elif change == "lse":
-        options["return_lse"] = True
-    elif change == "lanes":
-        options["lanes"] = torch.tensor([2, 0])
-    elif change == "grouped heads":
-        q = torch.randn(2, 4, 6, 16).half()
-    elif change == "few tiles":
-        q = q[:1, :1]
-    elif change == "by name":
-        options["impl"] = "sdpa"
-    ring = RING[:, : min(2, q.shape[1])].to(torch.float32 if change == "float32" else torch.float16)
-    q = q.to(ring.dtype)
-    swba_kernels.window_decode_attention(q, ring, ring, torch.full((q.shape[0],), 10), **options)
-    assert impls == ["sdpa" if change == "by name" else "triton"]
-    assert not cudnn_calls
-
-
-def test_a_compiled_decode_of_a_full_ring_is_one_graph(cudnn_calls) -> None:
-    for name in ("_gpu", "_resolve"):
-        getattr(choice, name)._dynamo_marked_constant = True
-    torch._dynamo.reset()
-    call = torch.compile(swba_kernels.window_decode_attention, fullgraph=True, backend="aot_eager")
-    for tokens in (6, 5, 4):
-        q, ring, valid = torch.randn(2, 2, tokens, 16).half(), RING.half(), torch.tensor([10, 10])
-        expected = swba_kernels.window_decode_attention(q, ring, ring, valid, full=True)
-        assert torch.equal(call(q, ring, ring, valid, full=True), expected)
-    assert len(cudnn_calls) == 6

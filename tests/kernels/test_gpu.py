@@ -80,30 +80,6 @@ def decode(q, k_ring, v_ring, valid, lanes, impl="triton"):
     return swba_kernels.window_decode_attention(q, k_ring, v_ring, valid, lanes=lanes, return_lse=True, impl=impl)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="where cuDNN serves attention"
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_full_ring_by_cudnn_equals_the_reference(head_dim, dtype, monkeypatch) -> None:
-    from swba_kernels import choice, sdpa
-
-    monkeypatch.setattr(choice, "_TORCH_DECODE", (choice.TorchDecode("", head_dim, 0, 1),))
-    monkeypatch.setattr(choice, "_CUDNN", 1)
-    calls = []
-    by_cudnn = sdpa.decode_by_cudnn
-    monkeypatch.setattr(sdpa, "decode_by_cudnn", lambda *a, **b: calls.append(1) or by_cudnn(*a, **b))
-    for tokens, slots, batch in ((1, 7, 1), (48, 768, 1), (300, 777, 2)):
-        q = torch.randn(batch, tokens, 6, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
-        rings = [torch.randn(3, 6, slots, head_dim, device="cuda", dtype=dtype) for _ in range(2)]
-        valid = torch.full((batch,), slots, device="cuda")
-        out = swba_kernels.window_decode_attention(q, *rings, valid, full=True)
-        oracle = reference.decode_reference(*(x.double() for x in (q, *rings)), valid)
-        assert_close(out, oracle, reference.decode_reference(q, *rings, valid))
-        assert out.stride() == q.stride()
-    assert len(calls) == 3
-
-
 def write(k_ring, v_ring, k, v, position, lanes, sink, impl="triton") -> None:
     swba_kernels.ring_write(k_ring, v_ring, k, v, position, sink=sink, lanes=lanes, impl=impl)
 

@@ -76,16 +76,6 @@ def test_decode_of_equal_lengths_takes_one_call(dtype, monkeypatch) -> None:
     torch.testing.assert_close(out.double(), oracle, atol=2e-2, rtol=2e-2)
 
 
-def test_full_decode_equals_decode_of_the_whole_ring() -> None:
-    q, k_ring, v_ring, _, lanes = decode_case(SMALL[4], torch.float32)
-    k_ring, v_ring = k_ring.nan_to_num(0.5), v_ring.nan_to_num(0.25)
-    valid = torch.full((1,), k_ring.shape[2])
-    for chosen in (lanes, None):
-        a = swba_kernels.window_decode_attention(q, k_ring, v_ring, valid, lanes=chosen, full=True)
-        b = swba_kernels.window_decode_attention(q, k_ring, v_ring, valid, lanes=chosen)
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize("scatter", [False, True])
