@@ -35,20 +35,20 @@ CASES = [
 ]
 
 
-# None: the split kernels or the fused one as the table says; True: the fused kernel, adding in turn.
-MODES = [(True, None), (False, None), (True, True)]
+# None: the split kernels or the fused one as the table says; a number: the fused kernel, adding in turn.
+MODES = [(True, None), (False, None), (True, 128)]
 MODE_NAMES = ["deterministic", "fastest", "fused in turn"]
 
 
-def mode_options(mode: tuple[bool, bool | None], head_dim: int) -> dict:
+def mode_options(mode: tuple[bool, int | None], head_dim: int) -> dict:
     from swba_kernels.hopper.backward import CONFIGS, Fused
 
-    deterministic, in_turn = mode
-    if in_turn is None:
+    deterministic, turn_rows = mode
+    if turn_rows is None:
         return {"deterministic": deterministic}
     config = CONFIGS[head_dim, False]
     assert isinstance(config, Fused)
-    return {"config": config._replace(in_turn=in_turn)}
+    return {"config": config._replace(turn_rows=turn_rows)}
 
 
 @pytest.fixture(autouse=True)

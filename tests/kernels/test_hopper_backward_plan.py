@@ -15,7 +15,7 @@ from swba_kernels import BlockWindow
 from swba_kernels.hopper import backward_ranges
 
 NUMPY = SimpleNamespace(minimum=np.minimum, maximum=np.maximum, where=np.where, constexpr=int)
-NAMES = ("block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile", "turn_of", "place")
+NAMES = ("block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile", "turn_of", "turn_at", "place")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,6 +79,8 @@ def walk_fused(pattern: BlockWindow, n: int, keys: int, rows: int) -> np.ndarray
     sizes = numbers(pattern, n)
     met = np.zeros((n, n), int)
     turns = np.zeros(-(-n // rows), int)
+    shared = 4 * rows
+    counters = np.zeros(-(-n // shared), int)
     for first in range(0, n, keys):
         start, stop, all_start, all_stop = backward_ranges.query_walk(first, sizes, keys)
         tile = first + np.arange(keys)
@@ -93,6 +95,15 @@ def walk_fused(pattern: BlockWindow, n: int, keys: int, rows: int) -> np.ndarray
             i_query, i_key = np.nonzero(visible)
             np.add.at(met, (row + i_query, first + i_key), 1)
             assert backward_ranges.turn_of(first, row, sizes, keys, rows) == turns[row // rows]
+            begin = start // rows * rows
+            counter, turn, begins, ends, writes = backward_ranges.turn_at(
+                first, row, 3, begin, stop, sizes, rows, keys, shared
+            )
+            assert writes == (turns[row // rows] == 0)
+            assert begins == (row == begin or row // shared != (row - rows) // shared)
+            assert ends == (row + rows >= stop or row // shared != (row + rows) // shared)
+            assert turn == counters[counter - 3 * len(counters)]
+            counters[row // shared] += ends
             turns[row // rows] += 1
     assert (turns > 0).all(), "a tile of sums that nobody writes"
     return met
@@ -147,12 +158,12 @@ def test_the_fused_walk_meets_every_visible_pair_once_and_adds_in_turn(problem, 
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
-def test_work_is_handed_out_once_and_by_key_within_a_head(n, batch, kv_heads) -> None:
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.integers(1, 8))
+def test_work_is_handed_out_once_and_by_key_within_a_head(n, batch, kv_heads, together) -> None:
     tiles = -(-n // 4)
     seen = {(b, h): 0 for b in range(batch) for h in range(kv_heads)}
     for i_work in range(tiles * batch * kv_heads):
-        i_b, i_h, first = backward_ranges.place(i_work, kv_heads, batch * kv_heads, (n, 1, 1, 0, 0), 4)
+        i_b, i_h, first = backward_ranges.place(i_work, kv_heads, batch * kv_heads, (n, 1, 1, 0, 0), 4, together)
         assert first == seen[i_b, i_h]
         seen[i_b, i_h] += 4
     assert set(seen.values()) == {tiles * 4}

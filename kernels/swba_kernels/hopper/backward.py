@@ -47,22 +47,23 @@ class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
     Pipeline stages of the queries and (at head dim 64) of dS on its way to the warpgroup that makes dQ of it, registers
-    of a consumer's thread, and whether programs add in turn (by key, so that the sums have the same bits every time) or
-    as they come.
+    of a consumer's thread, heads that run side by side, and for how many queries a program takes its turn to add (by
+    key, so that the sums have the same bits every time; 0: it adds at once).
     """
 
     stages: int
     slope_stages: int
     registers: int
-    in_turn: bool
+    together: int
+    turn_rows: int
 
 
 # Chosen by registers, spills and shared memory of ahead-of-time compiles under triton 3.6.0; by (D, deterministic).
 CONFIGS: dict[tuple[int, bool], Split | Fused] = {
     (64, True): Split(dkv=Walk(2, 64, 4, 240), dq=Walk(2, 128, 3, 240)),
     (128, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
-    (64, False): Fused(stages=4, slope_stages=3, registers=208, in_turn=False),
-    (128, False): Fused(stages=2, slope_stages=2, registers=240, in_turn=False),
+    (64, False): Fused(stages=4, slope_stages=3, registers=208, together=16, turn_rows=0),
+    (128, False): Fused(stages=2, slope_stages=2, registers=240, together=12, turn_rows=0),
 }
 
 
@@ -202,9 +203,9 @@ def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> No
     rows, keys = 64, 128
     tiles, work = triton.cdiv(n, rows), triton.cdiv(n, keys) * batch * k.shape[1]
     size = (batch, heads, tiles * head_dim, 64)
-    if config.in_turn:  # the first to add to a tile writes it instead
+    if config.turn_rows:  # the first to add to a tile writes it instead
         sums = torch.empty(size, dtype=torch.float32, device=q.device)
-        counters = torch.zeros(4 + batch * heads * tiles, dtype=torch.int32, device=q.device)
+        counters = torch.zeros(4 + batch * heads * triton.cdiv(n, config.turn_rows), dtype=torch.int32, device=q.device)
     else:
         sums = torch.zeros(size, dtype=torch.float32, device=q.device)
         counters = torch.empty(4, dtype=torch.int32, device=q.device)
@@ -214,8 +215,8 @@ def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> No
         descriptor(dk, 64), descriptor(dv, 64), counters[4:], counters,
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
     )  # fmt: skip
-    constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "IN_TURN": config.in_turn, "num_warps": 4}
-    constants["REGISTERS"] = config.registers
+    constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "REGISTERS": config.registers}
+    constants |= {"TOGETHER": config.together, "TURN_ROWS": config.turn_rows, "num_warps": 4}
     if head_dim == 128:
         fused_kernel[(work,)](*arguments, **constants)
     else:

@@ -20,21 +20,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
-from .backward_ranges import place, queries_of, turn_of, walk_grid
+from .backward_ranges import place, queries_of, turn_at, walk_grid
 from .backward_shared import LN2, counting, next_stage, row_box, store_tile, weigh
-from .compat import box, named_sync, tma_load, tma_store, view
+from .compat import box, tma_load, tma_store, view
 
 
 @gluon.jit
-def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGROUP: gl.constexpr):
+def _consume(
+    outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER: gl.constexpr, WARPGROUP: gl.constexpr
+):
     """Fold tile after tile of queries into dk and dv of 64 keys, and compute half of what the tile of keys adds to dQ:
 
-    S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) |
-    dQ = dS K | dK += dS^T Q
+    dQ = dS K of the tile before | S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO |
+    dS^T = P^T (dP^T - delta) | dK += dS^T Q
+
+    dQ comes one tile late, when the other warpgroup has long written its dS: they hardly wait for each other. The first
+    dQ is made of whatever shared memory held, and dropped.
     """
     _, dk_desc, dv_desc, _ = outputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem = buffers
-    keys_full, full, empty, dq_full, dq_empty = barriers
+    keys_full, full, empty, ds_full, dq_full, dq_empty = barriers
     heads, group, kv_in_all = shape
     DTYPE: gl.constexpr = q_smem.dtype
     STAGES: gl.constexpr = q_smem.shape[0]
@@ -46,7 +51,7 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N, TOGETHER)
     start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
@@ -58,37 +63,46 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     dv = gl.zeros([64, D], gl.float32, SUMS)
     none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
     no_sum = gl.zeros([BLOCK_M, HALF], gl.float32, HALVES)
-    stage = 0
-    phase = 0
+    count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
+    stage = STAGES - 1
+    phase = 1
     sum_phase = 1
     row = start
     mbarrier.wait(keys_full, 0)
-    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
+    for _ in range(count):
+        mbarrier.wait(ds_full.index(stage), phase)
+        slopes = ds_smem.index(stage).permute((1, 0))
+        stage, phase = next_stage(stage, phase, STAGES)
         q = q_smem.index(stage)
         grad = grad_smem.index(stage)
-        ds_both = ds_smem.index(stage)
         mbarrier.wait(full.index(stage), phase)
+        dq = warpgroup_mma(slopes, k_columns, no_sum, use_acc=False, is_async=True)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+        dq = warpgroup_mma_wait(1, deps=(dq,))
+        mbarrier.wait(dq_empty, sum_phase)
+        sum_phase ^= 1
+        dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
+        fence_async_shared()
+        mbarrier.arrive(dq_full, count=1)
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
         terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
         p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, False)
         dv = warpgroup_mma(gl.convert_layout(p_t, OPERAND, assert_trivial=True), grad, dv, is_async=True)
-        ds_both.slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
+        ds_smem.index(stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
         fence_async_shared()
-        named_sync(8, 256)
-        dq = warpgroup_mma(ds_both.permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+        mbarrier.arrive(ds_full.index(stage), count=1)
         dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
-        dq = warpgroup_mma_wait(1, deps=(dq,))
-        mbarrier.wait(dq_empty, sum_phase)
-        dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
-        fence_async_shared()
-        mbarrier.arrive(dq_full, count=1)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
-        sum_phase ^= 1
         row += BLOCK_M
         row = gl.where(row < stop, row, start)
+    mbarrier.wait(ds_full.index(stage), phase)
+    dq = warpgroup_mma(ds_smem.index(stage).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    mbarrier.wait(dq_empty, sum_phase)
+    dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
+    fence_async_shared()
+    mbarrier.arrive(dq_full, count=1)
     store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
     tma.store_wait(0)
     store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), v, D)
@@ -106,7 +120,7 @@ def _next_tile(i_head, row, start, stop, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: gl.constexpr):
+def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr):
     """Load the keys and values once, then every tile of queries with its terms, and add the tiles of dQ as they come.
 
     A buffer is loaded again right after what was made of it has been added. In turn, the first tile of keys writes
@@ -115,14 +129,14 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
     sum_desc, _, _, p_turns = outputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, dq_smem = buffers
-    keys_full, full, empty, dq_full, dq_empty = barriers
+    keys_full, full, empty, _, dq_full, dq_empty = barriers
     heads, group, kv_in_all = shape
     STAGES: gl.constexpr = q_smem.shape[0]
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     SUM_ROWS: gl.constexpr = dq_smem.shape[0]
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N, TOGETHER)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
     tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
@@ -137,27 +151,7 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
     row = start
     i_added = i_head
     added = start
-    p_turn = p_turns
-    turn = -1
-    for j in range(count + STAGES):
-        if j >= STAGES:
-            mbarrier.wait(dq_full, sum_phase)
-            sum_phase ^= 1
-            at = added // BLOCK_M * SUM_ROWS
-            if IN_TURN:
-                turn = turn_of(first, added, pattern, BLOCK_N, BLOCK_M)
-                query_tiles = (pattern[0] + BLOCK_M - 1) // BLOCK_M
-                p_turn = p_turns + (i_b * heads + i_added) * query_tiles + added // BLOCK_M
-                await_turn(p_turn, turn)
-                if turn == 0:
-                    tma_store(sum_desc, [i_b, i_added, at, 0], way_out)
-                else:
-                    tma_add(sum_desc, [i_b, i_added, at, 0], way_out)
-            else:
-                tma_add(sum_desc, [i_b, i_added, at, 0], way_out)
-            tma.store_wait(0)
-            mbarrier.arrive(dq_empty, count=1)
-            i_added, added = _next_tile(i_added, added, start, stop, BLOCK_M)
+    for j in range(count + STAGES + 1):
         if j < count:
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -168,15 +162,40 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
             tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
             i_head, row = _next_tile(i_head, row, start, stop, BLOCK_M)
-        if IN_TURN:
-            pass_turn(p_turn, turn + 1)
+        if j == STAGES:
+            mbarrier.wait(dq_full, 0)
+            mbarrier.arrive(dq_empty, count=1)
+        if j > STAGES:
+            at = added // BLOCK_M * SUM_ROWS
+            sum_phase ^= 1
+            if TURN_ROWS:
+                i_sum = i_b * heads + i_added
+                turn = turn_at(first, added, i_sum, start, stop, pattern, BLOCK_M, BLOCK_N, TURN_ROWS)
+                p_turn = p_turns + turn[0]
+                if turn[2]:
+                    await_turn(p_turn, turn[1])
+                mbarrier.wait(dq_full, sum_phase)
+                if turn[4]:
+                    tma_store(sum_desc, [i_b, i_added, at, 0], way_out)
+                else:
+                    tma_add(sum_desc, [i_b, i_added, at, 0], way_out)
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty, count=1)
+                if turn[3]:
+                    pass_turn(p_turn, turn[1] + 1)
+            else:
+                mbarrier.wait(dq_full, sum_phase)
+                tma_add(sum_desc, [i_b, i_added, at, 0], way_out)
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty, count=1)
+            i_added, added = _next_tile(i_added, added, start, stop, BLOCK_M)
 
 
 @gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all"])
 def fused_kernel(
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc, dk_desc, dv_desc, p_turns, p_ticket,
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
@@ -199,27 +218,29 @@ def fused_kernel(
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     dq_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     dq_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     mbarrier.init(keys_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(ds_full.index(i), count=2)
     mbarrier.init(dq_full, count=2)
     mbarrier.init(dq_empty, count=1)
     fence_async_shared()
-    if IN_TURN:
+    if TURN_ROWS:
         i_work = gl.atomic_add(p_ticket, 1)
     else:
         i_work = gl.program_id(0)
     inputs = (q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
     outputs = (sum_desc, dk_desc, dv_desc, p_turns)
     buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem)
-    barriers = (keys_full, full, empty, dq_full, dq_empty)
+    barriers = (keys_full, full, empty, ds_full, dq_full, dq_empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all)
     gl.warp_specialize([
-        (_copy, (inputs, outputs, buffers, barriers, i_work, pattern, shape, IN_TURN)),
-        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 0)),
-        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 1)),
+        (_copy, (inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER, TURN_ROWS)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, 0)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, 1)),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

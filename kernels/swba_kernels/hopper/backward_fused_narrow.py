@@ -20,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
-from .backward_ranges import place, queries_of, turn_of, walk_grid
+from .backward_ranges import place, queries_of, turn_at, walk_grid
 from .backward_shared import LN2, counting, next_stage, row_box, store_tile, weigh
 from .compat import box, cta_barrier, tma_load, tma_store, view
 
 
 @gluon.jit
-def _produce(inputs, buffers, barriers, i_work, pattern, shape):
+def _produce(inputs, buffers, barriers, i_work, pattern, shape, TOGETHER: gl.constexpr):
     """Load the keys and values once, then every tile of queries with its terms, head by head."""
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, _ = buffers
@@ -36,7 +36,7 @@ def _produce(inputs, buffers, barriers, i_work, pattern, shape):
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N, TOGETHER)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
     tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
@@ -57,7 +57,9 @@ def _produce(inputs, buffers, barriers, i_work, pattern, shape):
 
 
 @gluon.jit
-def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGROUP: gl.constexpr):
+def _consume(
+    outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER: gl.constexpr, WARPGROUP: gl.constexpr
+):
     """Fold tile after tile of queries into dk and dv of 64 keys, and hand on dS:
 
     S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
@@ -77,7 +79,7 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N, TOGETHER)
     start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
@@ -135,30 +137,26 @@ def _consume(outputs, buffers, barriers, i_work, scale2, pattern, shape, WARPGRO
 
 
 @gluon.jit
-def _fold_and_add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: gl.constexpr):
+def _fold_and_add(outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr):
     """Compute dQ = dS K of tile after tile and add it to the sums in global memory.
 
-    In turn, the first tile of keys writes instead, and a turn is passed on one tile late, when the copy has ended.
+    In turn, the first tile of keys writes instead.
     """
     sum_desc, _, _, p_turns = outputs
     q_smem, _, k_smem, _, _, _, _, ds_smem, dq_smem = buffers
     keys_full, _, _, ds_full, ds_empty = barriers
-    n, _, _, _, _ = pattern
     heads, group, kv_in_all = shape
     SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N)
+    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N, TOGETHER)
     start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
-    query_tiles = (n + BLOCK_M - 1) // BLOCK_M
     none = gl.zeros([BLOCK_M, D], gl.float32, SUMS)
     way_out = view(dq_smem, [1, 1, 64, 64], sum_box(4))
     stage = 0
     phase = 0
-    p_last = p_turns
-    last_turn = 0
     mbarrier.wait(keys_full, 0)
     for i_head in range(i_h * group, i_h * group + group):
         for row in range(start, stop, BLOCK_M):
@@ -167,35 +165,34 @@ def _fold_and_add(outputs, buffers, barriers, i_work, pattern, shape, IN_TURN: g
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(ds_empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, SLOPE_STAGES)
-            if IN_TURN:
-                pass_turn(p_last, last_turn)
             tma.store_wait(0)
             cta_barrier()
             dq_smem.store(by_thread(dq))
             fence_async_shared()
             cta_barrier()
-            if IN_TURN:
-                turn = turn_of(first, row, pattern, BLOCK_N, BLOCK_M)
-                p_last = p_turns + (i_b * heads + i_head) * query_tiles + row // BLOCK_M
-                await_turn(p_last, turn)
-                last_turn = turn + 1
-                if turn == 0:
+            if TURN_ROWS:
+                i_sum = i_b * heads + i_head
+                turn = turn_at(first, row, i_sum, start, stop, pattern, BLOCK_M, BLOCK_N, TURN_ROWS)
+                p_turn = p_turns + turn[0]
+                if turn[2]:
+                    await_turn(p_turn, turn[1])
+                if turn[4]:
                     tma_store(sum_desc, [i_b, i_head, row, 0], way_out)
                 else:
                     tma_add(sum_desc, [i_b, i_head, row, 0], way_out)
+                if turn[3]:
+                    pass_turn(p_turn, turn[1] + 1)
             else:
                 tma_add(sum_desc, [i_b, i_head, row, 0], way_out)
     tma.store_wait(0)
-    if IN_TURN:
-        pass_turn(p_last, last_turn)
 
 
 @gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all"])
 def fused_narrow_kernel(
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc, dk_desc, dv_desc, p_turns, p_ticket,
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOPE_STAGES: gl.constexpr, IN_TURN: gl.constexpr,
-    REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOPE_STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr, REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
 
@@ -227,7 +224,7 @@ def fused_narrow_kernel(
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=1)
     fence_async_shared()
-    if IN_TURN:
+    if TURN_ROWS:
         i_work = gl.atomic_add(p_ticket, 1)
     else:
         i_work = gl.program_id(0)
@@ -238,8 +235,8 @@ def fused_narrow_kernel(
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all)
     gl.warp_specialize([
-        (_produce, (inputs, buffers, barriers, i_work, pattern, shape)),
-        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 0)),
-        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, 1)),
-        (_fold_and_add, (outputs, buffers, barriers, i_work, pattern, shape, IN_TURN)),
+        (_produce, (inputs, buffers, barriers, i_work, pattern, shape, TOGETHER)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, 0)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, 1)),
+        (_fold_and_add, (outputs, buffers, barriers, i_work, pattern, shape, TOGETHER, TURN_ROWS)),
     ], [4, 4, 4], [REGISTERS, REGISTERS, SUM_REGISTERS])  # fmt: skip

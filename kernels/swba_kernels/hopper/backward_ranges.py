@@ -99,13 +99,12 @@ def turn_of(first, row, pattern, KEYS: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def place(i_work, kv_heads, all_heads, pattern, BLOCK_N: gl.constexpr):
+def place(i_work, kv_heads, all_heads, pattern, BLOCK_N: gl.constexpr, TOGETHER: gl.constexpr):
     """Return (batch row, kv head, first key) of a piece of work.
 
-    Up to 8 of all B * Hkv heads run side by side, tile by tile. So programs that add in turn seldom wait, as a tile of
-    a head is some steps behind the one before it, and what they read and add to stays in the L2 cache.
+    Up to TOGETHER of all B * Hkv heads run side by side, tile by tile. So programs that add in turn seldom wait, as a
+    tile of a head is some steps behind the one before it, and what they read and add to stays in the L2 cache.
     """
-    TOGETHER: gl.constexpr = 8
     n, _, _, _, _ = pattern
     tiles = (n + BLOCK_N - 1) // BLOCK_N
     before = i_work // (tiles * TOGETHER) * TOGETHER
@@ -120,3 +119,23 @@ def walk_grid(first, pattern, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Return the query range of a tile of keys, its start on the grid of query tiles, and the range all keys share."""
     start, stop, all_start, all_stop = query_walk(first, pattern, BLOCK_N)
     return start // BLOCK_M * BLOCK_M, stop, all_start, all_stop
+
+
+@gluon.jit
+def turn_at(
+    first, row, i_head, start, stop, pattern,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TURN_ROWS: gl.constexpr,
+):  # fmt: skip
+    """Return (counter, turn, begins, ends, writes) for adding to the queries from `row` on of head i_head of all heads.
+
+    A counter serves TURN_ROWS queries: the more, the less time goes into reading and setting counters, and the later
+    the next program starts. A program takes its turn where it `begins` with them, and passes it on where it `ends`. The
+    tile of keys that comes first in a tile of queries writes instead of adding.
+    """
+    n, _, _, _, _ = pattern
+    i_shared = row // TURN_ROWS
+    counter = i_head * ((n + TURN_ROWS - 1) // TURN_ROWS) + i_shared
+    turn = turn_of(first, i_shared * TURN_ROWS, pattern, BLOCK_N, TURN_ROWS)
+    begins = (row % TURN_ROWS == 0) | (row == start)
+    ends = ((row + BLOCK_M) % TURN_ROWS == 0) | (row + BLOCK_M >= stop)
+    return counter, turn, begins, ends, turn_of(first, row, pattern, BLOCK_N, BLOCK_M) == 0
