@@ -123,8 +123,8 @@ def _next_tile(i_head, row, start, stop, BLOCK_M: gl.constexpr):
 def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr):
     """Load the keys and values once, then every tile of queries with its terms, and add the tiles of dQ as they come.
 
-    A buffer is loaded again right after what was made of it has been added. In turn, the first tile of keys writes
-    instead of adding.
+    The consumers free a buffer at the end of a step and hand over dQ early in the next one, in this order. In turn, the
+    first tile of keys writes instead of adding.
     """
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
     sum_desc, _, _, p_turns = outputs
@@ -151,7 +151,7 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: 
     row = start
     i_added = i_head
     added = start
-    for j in range(count + STAGES + 1):
+    for j in range(count + STAGES):
         if j < count:
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
@@ -162,10 +162,10 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: 
             tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
             i_head, row = _next_tile(i_head, row, start, stop, BLOCK_M)
-        if j == STAGES:
+        if j == STAGES - 1:
             mbarrier.wait(dq_full, 0)
             mbarrier.arrive(dq_empty, count=1)
-        if j > STAGES:
+        if j >= STAGES:
             at = added // BLOCK_M * SUM_ROWS
             sum_phase ^= 1
             if TURN_ROWS:
