@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .config import StreamConfig
 from .errors import StreamStateError
 
 
@@ -24,11 +25,15 @@ class StagedTokens(NamedTuple):
 
 
 class BlockTensors(NamedTuple):
-    """What the kernels need of a block, int64 [B] on the device: lanes (None: all), first position, slots to see."""
+    """What the kernels need of a block, int64 [B] on the device.
+
+    Lanes (None: all), first position, slots that a step sees, tokens of history that a prefill sees.
+    """
 
     index: Tensor | None
     start: Tensor
     valid: Tensor
+    history: Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +48,7 @@ class Block:
         on_history: a prefill of which some lane is not empty.
         sink_tokens: leading tokens of a prefill among which some lane has sinks that its window does not reach.
         written_end_before: of all lanes, to be restored if nothing was written.
+        history_start: absolute position of a prefill that takes the place of the history; None for all other blocks.
         touched: whether a ring may have been written.
         done: layers that attended.
         staged: by layer, what a prefill on history will write.
@@ -55,10 +61,16 @@ class Block:
     on_history: bool
     sink_tokens: int
     written_end_before: tuple[int, ...]
+    history_start: int | None = None
     tensors: BlockTensors | None = None
     touched: bool = False
     done: set[int] = field(default_factory=set)
     staged: dict[int, list[StagedTokens]] = field(default_factory=dict)
+
+    @property
+    def call(self) -> tuple[int, tuple[int, ...] | None, bool, int | None]:
+        """What every layer of the block is called with: tokens, lanes, prefill, history_start."""
+        return self.tokens, self.lanes, self.prefill, self.history_start
 
     @property
     def bound(self) -> BlockTensors:
@@ -87,6 +99,58 @@ def normalise_lanes(lanes: int | Sequence[int] | None, total: int) -> tuple[int,
     if not chosen or len(set(chosen)) != len(chosen):
         raise StreamStateError(f"lanes: expected at least one lane and none twice, got {list(chosen)}")
     return None if chosen == tuple(range(total)) else chosen
+
+
+def describe_call(tokens: int, lanes: Sequence[int] | None, prefill: bool, start: int | None, total: int) -> str:
+    """Say what a block was called with, for messages."""
+    where = "" if start is None else f" from position {start}"
+    shown = list(range(total)) if lanes is None else list(lanes)
+    return f"{'prefill' if prefill else 'step'} of {tokens} tokens{where}, lanes {shown}"
+
+
+def check_extension(
+    tokens: int,
+    prefill: bool,
+    rows: Sequence[int],
+    history: Sequence[int],
+    written_end: Sequence[int],
+    stream: StreamConfig,
+) -> None:
+    """Raise StreamStateError unless a step or prefill may extend lanes `rows` with these positions."""
+    window, capacity = stream.window_tokens, stream.capacity_tokens
+    if tokens < 1 or (tokens > window and not prefill):
+        limit = "at least 1" if prefill else f"1 to {window} (the window)"
+        raise StreamStateError(f"tokens: expected {limit}, got {tokens}")
+    if prefill and stream.first_block_frames and min(history) == 0 < max(history):
+        raise StreamStateError(
+            "lanes: expected either empty lanes or lanes with history, since the first block of an empty lane is "
+            f"shorter; got positions {list(history)}"
+        )
+    first = min(tokens, stream.block_tokens) if prefill else tokens
+    for lane, position, end in zip(rows, history, written_end, strict=True):
+        if position + first < end and end > capacity:
+            raise StreamStateError(
+                f"tokens: expected a {'first block' if prefill else 'step'} of at least {end - position}, since an "
+                f"uncommitted step of that size has overwritten in lane {lane} what a shorter one would see; "
+                f"got {first}"
+            )
+
+
+def check_history_start(start: int, tokens: int, position: int, sink: int, window: int) -> None:
+    """Raise StreamStateError unless a prefill of `tokens` may take the place of a history of `position` tokens."""
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise StreamStateError(f"history_start: expected None or an int of at least 0, got {start!r}")
+    if tokens < 1:
+        raise StreamStateError(f"tokens: expected at least 1, got {tokens}")
+    if position < min(start, sink):
+        raise StreamStateError(
+            f"history_start: expected lanes that hold the {min(start, sink)} sink tokens below {start}, "
+            f"got one at position {position}"
+        )
+    if start > sink and tokens < window:
+        raise StreamStateError(
+            f"tokens: expected at least {window} (the window) from a history_start beyond the sinks, got {tokens}"
+        )
 
 
 def step_tokens(k: Tensor) -> int:

@@ -13,8 +13,19 @@ import torch
 from torch import Tensor
 
 import swba_kernels
+from swba_kernels.pattern import BlockWindow
 
-from .block import Block, BlockTensors, StagedTokens, check_qkv, normalise_lanes, step_tokens
+from .block import (
+    Block,
+    BlockTensors,
+    StagedTokens,
+    check_extension,
+    check_history_start,
+    check_qkv,
+    describe_call,
+    normalise_lanes,
+    step_tokens,
+)
 from .config import StreamConfig, check_impl, check_sizes
 from .device import pick_device
 from .errors import StreamStateError
@@ -136,13 +147,25 @@ class RingKVCache:
         """
         return self._attend(layer, q, k, v, lanes, prefill=False)
 
-    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lanes: int | Sequence[int] | None = None) -> Tensor:
+    def prefill(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lanes: int | Sequence[int] | None = None,
+        history_start: int | None = None,
+    ) -> Tensor:
         """Attend from many new blocks of one layer, on empty lanes or on top of history; as `attend` otherwise.
 
         The block grid starts at the call's first token; a shorter first block counts only for lanes at position 0.
         On history the surviving keys and values are staged until `commit` (`staged_bytes`).
+
+        With `history_start` the call takes the place of the lanes' history: its first token stands at that absolute
+        position, of what was there before only the sinks below it are seen and kept, and the blocks are counted back
+        from the call's end. Beyond the sinks the call must fill the window, so that no slot is left stale.
         """
-        return self._attend(layer, q, k, v, lanes, prefill=True)
+        return self._attend(layer, q, k, v, lanes, prefill=True, history_start=history_start)
 
     def commit(self) -> None:
         """Make the attended block part of the stream.
@@ -231,7 +254,9 @@ class RingKVCache:
             self._indices[lanes] = index
         return index
 
-    def reserve(self, tokens: int, lanes: tuple[int, ...] | None, *, prefill: bool = False) -> Block:
+    def reserve(
+        self, tokens: int, lanes: tuple[int, ...] | None, *, prefill: bool = False, history_start: int | None = None
+    ) -> Block:
         """Open a block on the host: check that it may run and note how far it will write.
 
         For callers that drive the device themselves (a captured graph); `bind` completes it.
@@ -240,9 +265,15 @@ class RingKVCache:
             self.abort()
         rows = self._rows(lanes)
         history = [self._position[lane] for lane in rows]
-        self._check_block(tokens, rows, history, prefill)
-        sinks = min(max(0, tokens - self.window), max(0, self.sink - min(history))) if prefill else 0
-        block = Block(tokens, len(rows), lanes, prefill, prefill and max(history) > 0, sinks, self.written_end)
+        if history_start is None:
+            written = [self._written_end[lane] for lane in rows]
+            check_extension(tokens, prefill, rows, history, written, self.stream)
+        else:
+            check_history_start(history_start, tokens, min(history), self.sink, self.window)
+        first = min(history) if history_start is None else history_start
+        sinks = min(max(0, tokens - self.window), max(0, self.sink - first)) if prefill else 0
+        on_history = prefill and max(history) > 0
+        block = Block(tokens, len(rows), lanes, prefill, on_history, sinks, self.written_end, history_start)
         if not prefill:
             self._note_written(block)
         self._block = block
@@ -253,12 +284,18 @@ class RingKVCache:
         if index is None and block.lanes is not None:
             index = self.lane_index(block.lanes)
         start = self.position_tensor.clone() if index is None else self.position_tensor.index_select(0, index)
-        block.tensors = BlockTensors(index, start, (start + block.tokens).clamp_(max=self.capacity))
+        history = start
+        if block.history_start is not None:
+            start = torch.full_like(start, block.history_start)
+            history = start.clamp(max=self.sink)
+        block.tensors = BlockTensors(index, start, (start + block.tokens).clamp_(max=self.capacity), history)
         return block
 
-    def open(self, tokens: int, lanes: tuple[int, ...] | None, *, prefill: bool = False) -> Block:
+    def open(
+        self, tokens: int, lanes: tuple[int, ...] | None, *, prefill: bool = False, history_start: int | None = None
+    ) -> Block:
         """Open a block: `reserve` and `bind`."""
-        return self.bind(self.reserve(tokens, lanes, prefill=prefill))
+        return self.bind(self.reserve(tokens, lanes, prefill=prefill, history_start=history_start))
 
     def run(self, block: Block, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend one layer of an open block."""
@@ -279,27 +316,35 @@ class RingKVCache:
     @torch.no_grad()
     def advance_device(self, block: Block) -> None:
         """Write what a prefill staged and move the positions on the device."""
-        index, start, _ = block.bound
+        index, start, _, _ = block.bound
         if block.staged:
             self._note_written(block)
         for layer, parts in block.staged.items():
             for offset, k, v in parts:
                 self._write(layer, k, v, start + offset, index)
         if index is None:
-            self.position_tensor.add_(block.tokens)
+            self.position_tensor.copy_(start + block.tokens)
         else:
-            self.position_tensor.index_add_(0, index, torch.full_like(index, block.tokens))
+            self.position_tensor.index_copy_(0, index, start + block.tokens)
 
     def advance_host(self, block: Block) -> None:
         """Follow on the host what `advance_device` did, and close the block."""
         position, written_end = list(self._position), list(self._written_end)
         for lane in self._rows(block.lanes):
-            position[lane] += block.tokens
+            position[lane] = block.tokens + (position[lane] if block.history_start is None else block.history_start)
             written_end[lane] = 0
         self._position, self._written_end, self._block = position, written_end, None
 
     def _attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, lanes: int | Sequence[int] | None, prefill: bool
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lanes: int | Sequence[int] | None,
+        *,
+        prefill: bool,
+        history_start: int | None = None,
     ) -> Tensor:
         self._check_layer(layer)
         chosen = self.normalise_lanes(lanes)
@@ -307,33 +352,39 @@ class RingKVCache:
         check_qkv(q, k, v, (len(self._rows(chosen)), self.kv_heads, tokens, self.head_dim), self.dtype, self.device)
         block = self._block
         if block is None or not block.done or layer in block.done:
-            block = self.open(tokens, chosen, prefill=prefill)
-        elif (block.tokens, block.lanes, block.prefill) != (tokens, chosen, prefill):
+            block = self.open(tokens, chosen, prefill=prefill, history_start=history_start)
+        asked = tokens, chosen, prefill, history_start
+        if block.call != asked:
             raise StreamStateError(
                 f"layer {layer}: expected the block that other layers attended, a "
-                f"{self._describe(block.tokens, block.lanes, block.prefill)}; "
-                f"got a {self._describe(tokens, chosen, prefill)}"
+                f"{describe_call(*block.call, self.lanes)}; got a {describe_call(*asked, self.lanes)}"
             )
         return self._run(block, layer, q, k, v)
 
     @torch.no_grad()
     def _run(self, block: Block, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        index, start, valid = block.bound
+        index, start, valid, history = block.bound
         k_ring, v_ring = self._rings[layer]
         block.touched = True
         if not block.prefill:
             self._write(layer, k, v, start, index)
             out = swba_kernels.window_decode_attention(q, k_ring, v_ring, valid, lanes=index, impl=self.impl)
         elif block.on_history:
-            pattern = replace(self.stream.pattern, first_block=0)
-            out = swba_kernels.prefill_attention(q, k, v, pattern, k_ring, v_ring, start, lanes=index, impl=self.impl)
+            pattern = self._pattern(block)
+            out = swba_kernels.prefill_attention(q, k, v, pattern, k_ring, v_ring, history, lanes=index, impl=self.impl)
             self._stage(block, layer, k, v)
         else:
-            out = swba_kernels.block_window_attention(q, k, v, self.stream.pattern, impl=self.impl)
+            out = swba_kernels.block_window_attention(q, k, v, self._pattern(block), impl=self.impl)
             self._write(layer, k, v, start, index)
         assert isinstance(out, Tensor)
         block.done.add(layer)
         return out
+
+    def _pattern(self, block: Block) -> BlockWindow:
+        pattern = self.stream.pattern
+        if block.history_start is not None:
+            return replace(pattern, first_block=block.tokens % pattern.block_size)
+        return replace(pattern, first_block=0) if block.on_history else pattern
 
     def _write(self, layer: int, k: Tensor, v: Tensor, position: Tensor, index: Tensor | None) -> None:
         k_ring, v_ring = self._rings[layer]
@@ -349,9 +400,6 @@ class RingKVCache:
         block.staged[layer] = parts
         self.staged_peak_bytes = max(self.staged_peak_bytes, self.staged_bytes)
 
-    def _describe(self, tokens: int, lanes: Sequence[int] | None, prefill: bool) -> str:
-        return f"{'prefill' if prefill else 'step'} of {tokens} tokens, lanes {list(self._rows(lanes))}"
-
     def _note_written(self, block: Block) -> None:
         for lane in self._rows(block.lanes):
             self._written_end[lane] = max(self._written_end[lane], self._position[lane] + block.tokens)
@@ -365,22 +413,3 @@ class RingKVCache:
     def _check_layer(self, layer: int) -> None:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.layers:
             raise StreamStateError(f"layer: expected an int in 0..{self.layers - 1}, got {layer!r}")
-
-    def _check_block(self, tokens: int, rows: Sequence[int], history: list[int], prefill: bool) -> None:
-        if tokens < 1 or (tokens > self.window and not prefill):
-            limit = "at least 1" if prefill else f"1 to {self.window} (the window)"
-            raise StreamStateError(f"tokens: expected {limit}, got {tokens}")
-        if prefill and self.stream.first_block_frames and min(history) == 0 < max(history):
-            raise StreamStateError(
-                "lanes: expected either empty lanes or lanes with history, since the first block of an empty lane is "
-                f"shorter; got positions {history}"
-            )
-        first = min(tokens, self.stream.block_tokens) if prefill else tokens
-        for lane, position in zip(rows, history, strict=True):
-            end = self._written_end[lane]
-            if position + first < end and end > self.capacity:
-                raise StreamStateError(
-                    f"tokens: expected a {'first block' if prefill else 'step'} of at least {end - position}, since an "
-                    f"uncommitted step of that size has overwritten in lane {lane} what a shorter one would see; "
-                    f"got {first}"
-                )

@@ -107,7 +107,7 @@ class Streaming:
     def __init__(self, cache: RingKVCache, block: Block, state: Mapping[str, Tensor] | None = None) -> None:
         self._cache = cache
         self._block = block
-        index, start, _ = block.bound
+        index, start, *_ = block.bound
         self.positions = start[:, None] + torch.arange(block.tokens, device=start.device)
         rows: Mapping[str, Tensor] = {} if state is None else state
         if index is not None:

@@ -20,10 +20,10 @@ from .conditioning import accepted_names, read_conditioning
 from .config import StreamConfig, check_dtype
 from .context import Streaming, StreamingModel
 from .device import pick_device
-from .errors import ConfigError, NumericsError, StreamStateError
+from .errors import CheckpointError, ConfigError, NumericsError, StreamStateError
 from .graph import StepGraphs
 from .snapshot import RingSnapshot
-from .stream_state import ModelFingerprint, read_stream, write_stream
+from .stream_state import ModelFingerprint, StoredStream, read_stream, write_stream
 
 
 class EngineSnapshot(NamedTuple):
@@ -95,12 +95,21 @@ class StreamingEngine:
         """The model's lane state, [L, ...]; write it with `set_state`."""
         return MappingProxyType(self._state)
 
-    def prefill(self, tokens: Tensor, lanes: int | Sequence[int] | None = None, **conditioning: Any) -> Tensor:
+    def prefill(
+        self,
+        tokens: Tensor,
+        lanes: int | Sequence[int] | None = None,
+        history_start: int | None = None,
+        **conditioning: Any,
+    ) -> Tensor:
         """Run many blocks at once and commit them, on empty lanes or on top of history.
 
         Args:
             tokens: [B, N, C] with any N >= 1; the blocks are cut from the call's own start.
             lanes: lanes that take part, in the order of the rows; None for all.
+            history_start: absolute position of the first token, to build the lanes' history anew: of the old one only
+                the sinks below it stay. The blocks are then counted back from the call's end, and beyond the sinks
+                the call must fill the window.
             conditioning: keyword arguments of the model.
 
         Returns:
@@ -114,7 +123,7 @@ class StreamingEngine:
         tokens = self._check_tokens(tokens, chosen)
         given = read_conditioning(conditioning, self._names)
         try:
-            block = self.cache.open(tokens.shape[1], chosen, prefill=True)
+            block = self.cache.open(tokens.shape[1], chosen, prefill=True, history_start=history_start)
             tokens = tokens.to(self.dtype)
             out = self._check_output(self._forward(tokens, block, given.tensors(self.device)), block).clone()
             self.cache.commit()
@@ -213,14 +222,28 @@ class StreamingEngine:
         for name, value in snapshot.state.items():
             self._state[name].copy_(value)
 
-    def save(self, path: str | os.PathLike[str], extra: Mapping[str, int | str] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        extra: Mapping[str, int | str] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the stream to a safetensors file that appears only when complete.
 
         Args:
             path: replaced if it exists; a crash at any moment leaves the older file or the new one.
             extra: the caller's own counters (a seed, a block number), returned by `load`.
+            tensors: the caller's own tensors, returned by `read`.
         """
-        write_stream(path, self.cache, self._state, self._fingerprint(), extra)
+        write_stream(path, self.cache, self._state, self._fingerprint(), extra, tensors)
+
+    def read(self, path: str | os.PathLike[str]) -> StoredStream:
+        """Return the stream of a file, checked as by `load`; nothing changes until `resume`."""
+        return read_stream(path, self.cache, self._state, self._fingerprint())
+
+    def resume(self, stored: StoredStream) -> None:
+        """Continue a stream that `read` returned."""
+        self.restore(EngineSnapshot(stored.ring, stored.state))
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, int | str]:
         """Continue the stream of a file; return its `extra`.
@@ -229,8 +252,10 @@ class StreamingEngine:
             CheckpointError: the file is damaged or of another model, stream or number of lanes; the stream is
                 unchanged.
         """
-        stored = read_stream(path, self.cache, self._state, self._fingerprint())
-        self.restore(EngineSnapshot(stored.ring, stored.state))
+        stored = self.read(path)
+        if stored.tensors:
+            raise CheckpointError(f"{path}: expected no tensors of a caller, got {sorted(stored.tensors)[:5]}")
+        self.resume(stored)
         return stored.extra
 
     def memory(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """A stream in a file: one safetensors file, which appears under its name only when complete.
 
-It holds the rings' used slots, positions, written ends, the model's lane state, the caller's counters and a
-fingerprint of the model and of the sizes of the stream.
+It holds the rings' used slots, positions, written ends, the model's lane state, the caller's counters and tensors and
+a fingerprint of the model and of the sizes of the stream.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ FORMAT = "swba_infer.stream.1"
 
 _FULLY_HASHED_ELEMENTS = 1 << 20
 _SAMPLED_ELEMENTS = 1 << 16
+_OWN = "own."
 
 
 class StoredStream(NamedTuple):
@@ -37,6 +38,7 @@ class StoredStream(NamedTuple):
     ring: RingSnapshot
     state: dict[str, Tensor]
     extra: dict[str, int | str]
+    tensors: dict[str, Tensor]
 
 
 class ModelFingerprint:
@@ -78,6 +80,7 @@ def write_stream(
     state: Mapping[str, Tensor],
     model: Mapping[str, Any],
     extra: Mapping[str, int | str] | None,
+    own: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the stream to `path`, over an older file only once all bytes are on the disk.
 
@@ -96,6 +99,7 @@ def write_stream(
         "position": torch.tensor(ring.position, dtype=torch.int64),
         "written_end": torch.tensor(ring.written_end, dtype=torch.int64),
         **{f"state.{name}": value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()},
+        **{f"{_OWN}{name}": value.detach().to("cpu", copy=True).contiguous() for name, value in (own or {}).items()},
     }
     metadata = {
         "format": FORMAT,
@@ -129,6 +133,7 @@ def read_stream(
         raise CheckpointError(f"{path}: expected extra to be an object, got {extra!r}")
     _compare_fingerprints(path, json.loads(json.dumps(_fingerprint(cache, model))), found)
     names = {"ring.k", "ring.v", "position", "written_end", *(f"state.{name}" for name in state)}
+    own = {name.removeprefix(_OWN): tensors.pop(name) for name in sorted(tensors) if name.startswith(_OWN)}
     if set(tensors) != names:
         missing, more = sorted(names - set(tensors)), sorted(set(tensors) - names)
         raise CheckpointError(f"{path}: missing tensors {missing}, extra tensors {more}")
@@ -150,7 +155,7 @@ def read_stream(
                 f"{path}: state.{name}: expected {value.dtype} {list(value.shape)}, "
                 f"got {stored[name].dtype} {list(stored[name].shape)}"
             )
-    return StoredStream(ring, stored, extra)
+    return StoredStream(ring, stored, extra, own)
 
 
 def _fingerprint(cache: RingKVCache, model: Mapping[str, Any]) -> dict[str, Any]:

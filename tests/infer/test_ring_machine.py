@@ -137,6 +137,45 @@ class RingMachine(RuleBasedStateMachine):
     def prefill(self, data) -> None:
         self.attend(data, prefill=True, commit=True)
 
+    @rule(data=st.data(), commit=st.booleans())
+    def replace_history(self, data, commit: bool) -> None:
+        """Prefill from an absolute position: of the history the sinks below it stay, what lies between is gone."""
+        chosen = data.draw(st.permutations(range(len(self.lanes))))[: data.draw(st.integers(1, len(self.lanes)))]
+        sink, window = self.cache.sink, self.cache.window
+        start = data.draw(st.integers(0, sink) | st.integers(0, 40))
+        tokens = data.draw(st.integers(1, 2 * self.cache.capacity + 3))
+        kept = min(start, sink)
+        qkv = draw_qkv(len(chosen), tokens, self.generator)
+        if min(self.lanes[i].position for i in chosen) < kept or (start > sink and tokens < window):
+            with pytest.raises(StreamStateError, match=r"history_start|tokens"):
+                self.cache.prefill(0, *qkv[0], lanes=chosen, history_start=start)
+            return
+        block = self.pattern.block_size
+        ends = [*range(tokens % block, tokens, block), tokens] if tokens % block else [*range(block, tokens + 1, block)]
+        whole = self.lanes
+        self.lanes = [replace(lane, kv=[(k[:, :kept], v[:, :kept]) for k, v in lane.kv]) for lane in whole]
+        for layer in range(LAYERS):
+            out = self.cache.prefill(layer, *qkv[layer], lanes=chosen, history_start=start)
+            expected = self.expect(chosen, qkv, self.pattern, ends, layer)
+            torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-10)
+        kept_lanes, self.lanes = self.lanes, whole
+        if not commit:
+            fresh = all(lane.position == 0 for lane in (whole[i] for i in chosen))
+            self.cache.abort()
+            assert fresh or self.cache.staged_bytes == 0
+            self.poison()
+            return
+        self.cache.commit()
+        gap = torch.full((KV_HEADS, start - kept, HEAD_DIM), 1e6, dtype=torch.float64)
+        for row, index in enumerate(chosen):
+            self.lanes[index] = Lane(
+                [
+                    (torch.cat([k, gap, new_k[row]], dim=1), torch.cat([v, gap, new_v[row]], dim=1))
+                    for (k, v), (_, new_k, new_v) in zip(kept_lanes[index].kv, qkv, strict=True)
+                ]
+            )
+        self.poison()
+
     @rule(data=st.data(), prefill=st.booleans())
     def look(self, data, prefill: bool) -> None:
         self.attend(data, prefill=prefill, commit=False)
