@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_cases import (
@@ -168,44 +172,79 @@ def test_inductor_runs_a_streaming_step() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-def compiled_kernels() -> int:
-    """Count the Triton kernels that this process has compiled for its device."""
+def compiled_kernels(package: str) -> int:
+    """Count the kernels of a package that this process has compiled for its device."""
     import triton
 
-    from swba_kernels.portable import backward, decode, forward, ring
-
-    total = 0
-    for module in (forward, backward, decode, ring):
-        for function in vars(module).values():
-            if isinstance(function, triton.runtime.JITFunction):
-                total += sum(len(entry[0]) for entry in function.device_caches.values())
-    return total
+    path = [str(Path(swba_kernels.__file__).parent / package)]
+    modules = [import_module(f"swba_kernels.{package}.{x.name}") for x in pkgutil.iter_modules(path)]
+    functions = {id(x): x for module in modules for x in vars(module).values()}
+    kernels = [x for x in functions.values() if isinstance(x, triton.runtime.JITFunction)]
+    return sum(len(entry[0]) for kernel in kernels for entry in kernel.device_caches.values())
 
 
-def test_new_sizes_compile_no_new_kernel() -> None:
-    def run(n: int, block_size: int, window: int, sink: int, first: int, position: int) -> None:
-        p = BlockWindow(block_size, window, sink, first)
-        case = Case(p, n, heads=4, kv_heads=2, head_dim=64)
-        inputs = [x.requires_grad_() for x in qkv(case, torch.bfloat16, "cuda")]
-        swba_kernels.block_window_attention(*inputs, p, impl="triton").sum().backward()
-        q, k, v = (x.detach() for x in inputs)
-        k_ring = torch.zeros(3, 2, sink + window, 64, dtype=torch.bfloat16, device="cuda")
-        rows = torch.full((2,), position, device="cuda")
-        swba_kernels.prefill_attention(q, k, v, p, k_ring, k_ring, rows, impl="triton")
-        swba_kernels.ring_write(k_ring, k_ring.clone(), k, v, rows, sink=sink, impl="triton")
-        swba_kernels.window_decode_attention(q[:, :, :block_size], k_ring, k_ring, rows + 1, impl="triton")
+def call_every_op(impl: str, n: int, block_size: int, window: int, sink: int, first: int, position: int) -> None:
+    p = BlockWindow(block_size, window, sink, first)
+    inputs = [x.requires_grad_() for x in qkv(Case(p, n, heads=4, kv_heads=2, head_dim=64), torch.bfloat16, "cuda")]
+    swba_kernels.block_window_attention(*inputs, p, impl=impl).sum().backward()
+    q, k, v = (x.detach() for x in inputs)
+    k_ring = torch.zeros(3, 2, sink + window, 64, dtype=torch.bfloat16, device="cuda")
+    rows = torch.full((2,), position, device="cuda")
+    swba_kernels.prefill_attention(q, k, v, p, k_ring, k_ring, rows, impl=impl)
+    swba_kernels.ring_write(k_ring, k_ring.clone(), k, v, rows, sink=sink, impl=impl)
+    swba_kernels.window_decode_attention(q[:, :, :block_size], k_ring, k_ring, rows + 1, impl=impl)
 
-    run(600, 100, 400, 50, 20, 7)
-    before = compiled_kernels()
-    assert before >= 6
-    for sizes in (
-        (601, 101, 401, 0, 0, 0),
-        (1024, 128, 512, 128, 0, 500),
-        (640, 64, 320, 1, 1, 30),
-        (999, 250, 999, 3, 9, 1),
-    ):
-        run(*sizes)
-    assert compiled_kernels() == before
+
+OTHER_SIZES = [
+    (601, 101, 401, 0, 0, 0),
+    (1024, 128, 512, 128, 0, 500),
+    (640, 64, 100, 1, 1, 30),
+    (999, 250, 3999, 3, 9, 1),
+]
+
+
+def test_new_sizes_compile_no_new_kernel(monkeypatch) -> None:
+    """Decode has two kernels, by whether its keys are split: one call here for each, then sizes of both kinds."""
+    from swba_kernels.portable import decode
+
+    splits, choose = [], decode.decode_splits
+    monkeypatch.setattr(decode, "decode_splits", lambda *sizes: splits.append(choose(*sizes)) or splits[-1])
+    call_every_op("triton", 600, 100, 200, 50, 20, 7)
+    call_every_op("triton", 600, 100, 4000, 50, 20, 7)
+    assert [x > 1 for x in splits] == [False, True]
+    before = compiled_kernels("portable")
+    assert before >= 8
+    for sizes in OTHER_SIZES:
+        call_every_op("triton", *sizes)
+    assert {x > 1 for x in splits[2:]} == {False, True}
+    assert compiled_kernels("portable") == before
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs capability 9.0"
+)
+def test_new_sizes_compile_no_new_hopper_kernel() -> None:
+    """Each configuration is a kernel: one call here for each that any block up to 256 tokens chooses, then others."""
+    from swba_kernels.hopper.decode import decode
+    from swba_kernels.hopper.decode_plan import CONFIGS, lane_plans
+    from swba_kernels.hopper.forward import choose_config
+
+    blocks: dict[tuple, int] = {}
+    for block in range(1, 257):
+        blocks.setdefault(tuple(choose_config(64, block, ring) for ring in (False, True)), block)
+    for block in blocks.values():
+        for sink in (0, 50):
+            call_every_op("hopper", 600, block, 400, sink, 0, 7)
+    q, ring = (torch.zeros(2, 4, x, 64, dtype=torch.bfloat16, device="cuda") for x in (250, 4000))
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    for config in CONFIGS[64]:
+        for plan in lane_plans(config, 4, 250, 4000, 2, multiprocessors):
+            decode(q, ring, ring, torch.full((2,), 9, device="cuda"), None, scale=0.1, plan=plan)
+    before = compiled_kernels("hopper")
+    assert before > len(CONFIGS[64])
+    for sizes in OTHER_SIZES:
+        call_every_op("hopper", *sizes)
+    assert compiled_kernels("hopper") == before
 
 
 def test_repeats_are_bitwise_equal() -> None:
