@@ -256,7 +256,7 @@ class VideoGenerator:
                 clean = engine.step(x, commit=False, lanes=lanes, timestep=t, action=action).float()
                 x = sampler.advance(x, clean, t, s)
             x = x.clamp(-1, 1)
-            frames = _fetch(unpatchify(x, self.height, self.width, self._size.patch, self._size.channels)[0])
+            frames = fetch(unpatchify(x, self.height, self.width, self._size.patch, self._size.channels)[0])
             engine.step(self._blur(x, key, sampler.steps), lanes=lanes, timestep=sampler.context_noise, action=action)
         except NumericsError as error:
             raise NumericsError(f"frame {self.position[lane]}: {error}") from error
@@ -322,7 +322,7 @@ class VideoGenerator:
         return value
 
 
-def _fetch(frames: Tensor) -> Callable[[], np.ndarray]:
+def fetch(frames: Tensor) -> Callable[[], np.ndarray]:
     """Start to copy frames to the host; what is returned waits for that copy, but not for later work on the device.
 
     So the commit of a block runs on the device while its frames are looked at and the next step is prepared.
