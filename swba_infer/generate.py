@@ -19,6 +19,7 @@ from .files import check_writable
 from .generator import VideoGenerator
 from .progress import track
 from .video import RESIZE, VideoWriter, contact_sheet, read_frames, require, resize_frames
+from .wan.options import add_prompt_arguments, takes_prompt
 
 DEMO_WALK = (
     "right*10, forward*16, left*12, forward*18, forward_left*8, forward*14, right*16, forward*16, forward_right*10, "
@@ -30,6 +31,7 @@ EXAMPLES = """examples:
   swba-infer generate --model freedoom --context demo --frames 240 --out out/stream.mp4 --sheet out/stream.png
   swba-infer generate --model freedoom --actions "forward*24, left*12, forward+right*8" --seed 7 --out walk.mp4
   swba-infer generate --model runs/world/model --context clip.mp4 --resize area --actions walk.txt --out walk.mp4
+  swba-infer generate --model self-forcing --base Wan2.1-T2V-1.3B-Diffusers --prompt "a cat runs" --seconds 60
 """
 
 
@@ -38,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="freedoom", help="shipped model or model directory (default: %(default)s)")
     parser.add_argument(
         "--context",
-        default="demo",
         help="frames that come before: a video, an image, a directory of images (of these as many of the last as can "
-        "matter), demo (recorded frames that ship with the model) or none (default: %(default)s)",
+        "matter), demo (recorded frames that ship with the model) or none (default: demo; none with a prompt)",
     )
     parser.add_argument("--resize", choices=RESIZE, help="resize context of another size (default: refuse it)")
     parser.add_argument(
@@ -48,22 +49,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='script such as "forward*24, left*12", or a file with one script per line; repeated to fill --frames '
         "(default: a walk)",
     )
-    parser.add_argument("--frames", type=int, help="frames to generate (default: the length of --actions)")
+    parser.add_argument("--frames", type=int, help="frames to generate (default: the length of --actions, --seconds)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/stream.mp4"), help="video file (default: %(default)s)")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet, a PNG")
-    parser.add_argument(
-        "--scale", type=int, default=4, help="enlarge each pixel this many times (default: %(default)s)"
-    )
+    parser.add_argument("--scale", type=int, help="enlarge each pixel this many times (default: 4; 1 with a prompt)")
     parser.add_argument("--fps", type=float, help="of the video file (default: the model's)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--steps", type=int, help="denoising steps a frame (default: the model's)")
     parser.add_argument("--compile", action="store_true", help="use torch.compile: slower to start, faster to run")
     parser.add_argument("--check", action="store_true", help="stop with an error at the first NaN or infinite number")
+    add_prompt_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate; everything that can be refused is refused before the first frame is computed."""
+    if takes_prompt(args):
+        from .wan.generate import run_prompt
+
+        return run_prompt(args)
+    return _run_world(args)
+
+
+def _run_world(args: argparse.Namespace) -> int:
+    args.context = "demo" if args.context is None else args.context
+    args.scale = 4 if args.scale is None else args.scale
     if args.frames is not None and args.frames < 1:
         raise ConfigError(f"frames: expected at least 1, got {args.frames}")
     sheet = None if args.sheet is None else check_writable(args.sheet)

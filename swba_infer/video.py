@@ -68,19 +68,29 @@ def resize_frames(frames: np.ndarray, height: int, width: int, method: str = "ar
 class VideoWriter:
     """Write H.264 frame by frame; the file appears under its name when the `with` block ends without an exception.
 
-    One encoder thread, so the same frames give the same bytes.
+    One encoder thread, so the same frames give the same bytes. With `keep_partial` the file grows under `partial`, in
+    fragments of about a second, and stays there if the block ends with an exception or the process is killed: what
+    was finished by then plays.
 
     Args:
         path: of the video (mp4, mkv, mov); checked for writability at once.
         fps: frames per second, 0.001 to 1000.
         scale: integer enlargement, every pixel becomes scale x scale.
         crf: quality, 0 (lossless) to 51.
+        keep_partial: keep what an interrupted run has written.
 
     Raises:
         ConfigError: an unwritable path, a bad option, or PyAV is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fps: float = 10.0, scale: int = 1, crf: int = 16) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fps: float = 10.0,
+        scale: int = 1,
+        crf: int = 16,
+        keep_partial: bool = False,
+    ) -> None:
         self.path = check_writable(path)
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise ConfigError(f"output: expected a name ending in one of {VIDEO_SUFFIXES}, got {self.path}")
@@ -89,6 +99,7 @@ class VideoWriter:
         if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
             raise ConfigError(f"scale: expected an int of at least 1, got {scale!r}")
         self.frames = 0
+        self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}") if keep_partial else None
         self._av = require("av")
         self._rate = Fraction(fps).limit_denominator(1000)
         self._scale, self._crf = scale, crf
@@ -98,10 +109,11 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         with ExitStack() as stack:
-            temporary = stack.enter_context(replacing(self.path))
-            self._container = self._av.open(
-                str(temporary), "w", options={"movflags": "faststart", "fflags": "+bitexact"}
-            )
+            temporary = stack.enter_context(replacing(self.path) if self.partial is None else self._growing())
+            options = {"movflags": "faststart", "fflags": "+bitexact"}
+            if self.partial is not None:
+                options |= {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+            self._container = self._av.open(str(temporary), "w", options=options)
             self._stack = stack.pop_all()
         return self
 
@@ -134,6 +146,8 @@ class VideoWriter:
         # x264's macroblock tree is not reproducible: now and then the same small pictures give another file.
         stream.options = {"crf": str(self._crf), "preset": "medium", "threads": "1", "x264-params": "no-mbtree=1"}
         stream.codec_context.thread_count = 1
+        if self.partial is not None:
+            stream.codec_context.gop_size = max(1, round(self._rate))
         stream.codec_context.time_base = 1 / self._rate
         return stream
 
@@ -142,12 +156,23 @@ class VideoWriter:
     ) -> None:
         with self._stack:
             try:
-                if error is None:
+                if error is None or (self.partial is not None and self.frames):
                     self._finish()
             finally:
                 self._container.close()
             if error is not None:
                 raise error
+
+    @contextmanager
+    def _growing(self) -> Iterator[Path]:
+        """Yield the partial path; rename it onto the final one on success, keep it on failure if it has a frame."""
+        assert self.partial is not None
+        try:
+            yield self.partial
+            self.partial.replace(self.path)
+        finally:
+            if not self.frames:
+                self.partial.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         if self._stream is None:
