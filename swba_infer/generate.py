@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frames", type=int, help="frames to generate (default: the length of --actions, --seconds)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out/stream.mp4"), help="video file (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/stream.mp4"),
+        help="video file; with a prompt it grows as NAME.partial.mp4 until it is complete (default: %(default)s)",
+    )
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet, a PNG")
     parser.add_argument("--scale", type=int, help="enlarge each pixel this many times (default: 4; 1 with a prompt)")
     parser.add_argument("--fps", type=float, help="of the video file (default: the model's)")

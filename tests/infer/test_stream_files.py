@@ -250,3 +250,15 @@ def test_saving_says_what_is_wrong_with_its_arguments(tmp_path):
     with pytest.raises(ConfigError, match="writable"):
         engine.save(tmp_path / "file" / "stream.safetensors")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_callers_tensors_come_back_from_read_and_are_refused_by_load(tmp_path):
+    engine = StreamingEngine(TinyModel(), STREAM)
+    own = {"a.b": torch.arange(6).reshape(2, 3).T}
+    engine.save(tmp_path / "own", {"n": 1}, own)
+    stored = engine.read(tmp_path / "own")
+    assert stored.extra == {"n": 1}
+    assert list(stored.tensors) == ["a.b"]
+    assert torch.equal(stored.tensors["a.b"], own["a.b"])
+    with pytest.raises(CheckpointError, match="expected no tensors of a caller, got"):
+        engine.load(tmp_path / "own")

@@ -194,3 +194,37 @@ def test_replacing_renames_on_success_only(tmp_path):
         assert not target.exists()
     assert target.read_text() == "done"
     assert [p.name for p in target.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_a_partial_file_plays_while_it_grows_and_takes_its_name_when_complete(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    frames = np.random.default_rng(0).integers(0, 256, (90, 16, 32, 3), np.uint8)
+    with VideoWriter(path, fps=5, keep_partial=True) as video:
+        for frame in frames:
+            video.write(frame)
+        assert not path.exists()
+        assert video.partial is not None
+        assert 20 <= len(read_frames(video.partial)) < 90
+    assert read_frames(path).shape == frames.shape
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("written", [0, 1, 7])
+def test_a_failed_run_keeps_a_partial_file_if_it_has_frames(tmp_path, written):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"older")
+    video = VideoWriter(path, keep_partial=True)
+
+    def interrupted() -> None:
+        with video:
+            for _ in range(written):
+                video.write(np.zeros((16, 32, 3), np.uint8))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"older"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.partial.mp4"][: 2 if written else 1]
+    if written:
+        assert len(read_frames(video.partial)) == written
