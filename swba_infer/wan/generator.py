@@ -247,8 +247,13 @@ class WanGenerator:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on with a saved stream, bit-identically; raise CheckpointError if it is not one of this generator."""
         stored, lanes, sampler = read_saved(path, self.engine, self._empty.history, self.lanes, self._guided)
+        before = self.decoder.snapshot()
         self.decoder.load_state_dict(stored.decoder)
-        self.engine.resume(stored.stream)
+        try:
+            self.engine.resume(stored.stream)
+        except BaseException:
+            self.decoder.restore(before)
+            raise
         self._lanes = [_Lane(history, record) for record, history in lanes]
         self.sampler = sampler
 

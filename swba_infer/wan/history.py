@@ -37,7 +37,8 @@ class LatentHistory:
 
     def extend(self, latents: Tensor) -> LatentHistory:
         """Return the history with the next latents [1, C, F, h, w]."""
-        missing = max(0, self.keep_first - self.first.shape[2])
+        whole = self.first.shape[2] == self.frames
+        missing = max(0, self.keep_first - self.frames) if whole else 0
         first = torch.cat((self.first, latents[:, :, :missing]), dim=2) if missing else self.first
         last = torch.cat((self.last, latents), dim=2)[:, :, -self.keep_last :].clone()
         return LatentHistory(first, last, self.frames + latents.shape[2], self.keep_first, self.keep_last)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine import StreamingEngine
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..stream_state import StoredStream
 from .decoder import StreamDecoder
 from .history import LatentHistory
@@ -65,7 +65,7 @@ def read_saved(
         records = json.loads(str(stored.extra["wan.lanes"]))
         sampler = RenoisingSampler.from_dict(json.loads(str(stored.extra["wan.sampler"])))
         read = [_read_lane(path, record, stored.tensors, i, empty) for i, record in enumerate(records)]
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: expected a stream saved by WanGenerator, got {error!r}") from error

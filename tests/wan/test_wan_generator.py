@@ -214,6 +214,46 @@ def test_files_of_other_generators_are_refused_and_change_nothing(tmp_path):
     assert_same(state_of(generator), before)
 
 
+def test_a_stream_loaded_with_fewer_latents_does_not_pass_later_ones_off_as_its_first(tmp_path):
+    short = started(5, keep_frames=5)
+    short.save(tmp_path / "short")
+    generator = make_generator(sampler=SAMPLER, keep_frames=12)
+    generator.load(tmp_path / "short")
+    collect(generator, 3)
+    collect(short, 3)
+    assert torch.equal(latents_of(generator, 0, 5), latents_of(short, 0, 5))
+    assert torch.equal(latents_of(generator, 11, 16), latents_of(short, 11, 16))
+    with pytest.raises(ConfigError, match="expected frames of the first 5 or the last 11 of 16"):
+        latents_of(generator, 3, 7)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda extra, tensors: extra.pop("wan.lanes"),
+        lambda extra, tensors: extra.update({"wan.lanes": "{}"}),
+        lambda extra, tensors: extra.update({"wan.lanes": '["x"]'}),
+        lambda extra, tensors: extra.update({"wan.sampler": '{"colour": 1}'}),
+        lambda extra, tensors: tensors.pop("latents.0.last"),
+        lambda extra, tensors: tensors.update({"latents.0.first": torch.zeros(1, 4, 2, 4, 8)}),
+        lambda extra, tensors: tensors.pop("decoder.lane.0.02"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path, monkeypatch, damage):
+    generator = started(2)
+    before, real = state_of(generator), generator.engine.save
+
+    def save(path: Any, extra: dict, tensors: dict) -> None:
+        damage(extra, tensors)
+        real(path, extra, tensors)
+
+    monkeypatch.setattr(generator.engine, "save", save)
+    generator.save(tmp_path / "damaged")
+    with pytest.raises(CheckpointError):
+        generator.load(tmp_path / "damaged")
+    assert_same(state_of(generator), before)
+
+
 def test_guidance_is_the_combination_of_two_streams_by_hand():
     generator = make_generator(sampler=GUIDED)
     collect(generator, 3, prompt=embedding(1), negative=embedding(9), seed=3)
