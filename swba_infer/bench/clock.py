@@ -41,18 +41,25 @@ def as_graph(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], obj
         call = make()
         for _ in range(3):
             call()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        repeat = CALLS_PER_GRAPH if start.elapsed_time(stop) < REPLAY_BELOW_MS else 1
     torch.cuda.current_stream().wait_stream(stream)
+    replay = _capture(call, 1, stream)
+    replay()
+    if min(_sample(replay, 3, torch.device("cuda"))) >= REPLAY_BELOW_MS:
+        return replay, 1
+    return _capture(call, CALLS_PER_GRAPH, stream), CALLS_PER_GRAPH
+
+
+def _capture(call: Callable[[], object], repeat: int, stream: torch.cuda.Stream) -> Callable[[], object]:
+    """Return what replays `repeat` calls and keeps the call alive: the graph points to the tensors that it owns."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeat):
             call()
-    return graph.replay, repeat
+
+    def replay(owner: object = call) -> None:
+        graph.replay()
+
+    return replay
 
 
 def interleave(
