@@ -24,12 +24,12 @@ from ..generator import fetch
 from ..models.wan import WanTransformer, compile_layers, patchify, unpatchify
 from .decoder import StreamDecoder
 from .history import LatentHistory
-from .inputs import SINKS, Encoder, Prompt, check_context, check_int, embed_prompt, latent_sides
+from .inputs import SINKS, Encoder, Prompt, check_context, check_int, embed_prompt, encode_clip, latent_sides
 from .load import load_wan
 from .sampler import Key, RenoisingSampler
 from .saved import LaneRecord, read_saved, write_saved
 from .text import EmbeddedPrompts
-from .vae import FRAMES_PER_LATENT, FeatureCache, WanVAE, from_pixels, to_pixels
+from .vae import WanVAE, to_pixels
 
 DEFAULT_FPS = 16.0
 
@@ -379,7 +379,7 @@ class WanGenerator:
             self._write_prompts(lane, prompt, negative)
             self._check_prompted(lane)
             # Cut from the end, so that the blocks which are counted back from it stay whole.
-            latents = self._encode_pixels(context)
+            latents = encode_clip(self.decoder.vae, context)
             size = engine.stream.window_frames // engine.stream.frames_per_block * engine.stream.frames_per_block
             cuts = [0, *range((latents.shape[2] - 1) % size + 1, latents.shape[2] + 1, size)]
             for begin, end in pairwise(cuts):
@@ -393,17 +393,6 @@ class WanGenerator:
                     self.decoder.decode(frame, lanes=lane)
                 state = self._lanes[lane]
                 self._lanes[lane] = _Lane(state.history.extend(part), state.record)
-
-    def _encode_pixels(self, context: Tensor) -> Tensor:
-        """Encode pixel frames [T, H, W, 3] a second or so at a time."""
-        cache: FeatureCache | None = None
-        parts = []
-        cuts = [0, *range(1, len(context), 8 * FRAMES_PER_LATENT), len(context)]
-        for begin, end in pairwise(cuts):
-            frames = from_pixels(context[begin:end].to(self.engine.device)[None])
-            latents, cache = self.decoder.vae.encode(frames, cache)
-            parts.append(latents)
-        return torch.cat(parts, dim=2)
 
     @contextmanager
     def _restored_on_error(self, lane: int, ring: bool) -> Iterator[None]:

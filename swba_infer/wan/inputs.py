@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .prompts import PromptSchedule
 from .text import EmbeddedPrompts, TextEncoder
-from .vae import FRAMES_PER_LATENT
+from .vae import FRAMES_PER_LATENT, FeatureCache, WanVAE, from_pixels
 
 SINKS = ("keep", "refresh")
 
@@ -57,6 +58,17 @@ def check_context(context: Any, height: int, width: int) -> Tensor:
     if frames.dtype != torch.uint8 or not fits or len(frames) % FRAMES_PER_LATENT != 1:
         raise ConfigError(f"context: expected {expected}, got {frames.dtype} {list(frames.shape)}")
     return frames
+
+
+def encode_clip(vae: WanVAE, frames: Tensor) -> Tensor:
+    """Encode pixel frames [T, H, W, 3] to latents [1, C, F, h, w], a second or two at a time."""
+    cache: FeatureCache | None = None
+    parts = []
+    cuts = [0, *range(1, len(frames), 8 * FRAMES_PER_LATENT), len(frames)]
+    for begin, end in pairwise(cuts):
+        latents, cache = vae.encode(from_pixels(frames[begin:end].to(vae.device)[None]), cache)
+        parts.append(latents)
+    return torch.cat(parts, dim=2)
 
 
 def check_int(name: str, value: Any, low: int | None = None, below: int | None = None) -> int:
