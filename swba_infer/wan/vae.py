@@ -323,13 +323,13 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     returned is then made in place, as a view of that input, whose memory torch 2.13 gives to a later kernel. Without
     reuse the buffers are freed all the same.
     """
-    options = {"allow_buffer_reuse": False, "inplace_buffers": False}
+    options: dict[str, Any] = {"allow_buffer_reuse": False, "inplace_buffers": False}
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 def _lay_channels_last(module: torch.nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, torch.nn.Conv3d):
-            layer.to(memory_format=torch.channels_last_3d)
+            layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last_3d)
         elif isinstance(layer, torch.nn.Conv2d):
-            layer.to(memory_format=torch.channels_last)
+            layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
