@@ -11,7 +11,8 @@ that would have to compute the log-sum-exp apart leave it out: `lse` is then [B,
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -212,6 +213,17 @@ def _gradients(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | No
     return (*torch.ops.swba.backward(dout, *saved, ctx.scale, *ctx.pattern, *ctx.how), *[None] * 8)
 
 
+def _on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the device of the first tensor the current one, on which Triton launches; nobody else does for Python."""
+
+    @wraps(body)
+    def run(x: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device(x.device):
+            return body(x, *rest)
+
+    return run
+
+
 for _name, _body, _fake in (
     ("forward", _forward, _forward_fake),
     ("backward", _backward, _backward_fake),
@@ -219,7 +231,7 @@ for _name, _body, _fake in (
     ("decode", _decode, _decode_fake),
     ("ring_write", _ring_write, _ring_write_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _body, _key)
+    _LIBRARY.impl(_name, _body, "CPU")
+    _LIBRARY.impl(_name, _on_its_device(_body), "CUDA")
     torch.library.register_fake(f"swba::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("swba::forward", _gradients, setup_context=_save_for_backward, lib=_LIBRARY)

@@ -284,3 +284,23 @@ def test_opcheck(impl, played) -> None:
             torch.library.opcheck(op, chosen)
     expected = {"hopper"} if impl == "hopper" else {"hopper", "triton"}
     assert {family for family, _ in played.calls} == expected
+
+
+def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatch) -> None:
+    events = []
+
+    class Device:
+        def __init__(self, device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            events.append(("enter", self.device))
+
+        def __exit__(self, *_) -> None:
+            events.append(("exit", self.device))
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    x = torch.ones(2)
+    body = ops._on_its_device(lambda x, factor: events.append("body") or x * factor)
+    assert torch.equal(body(x, 3), x * 3)
+    assert events == [("enter", x.device), "body", ("exit", x.device)]
