@@ -12,6 +12,7 @@ import torch
 from tolerance import assert_close, assert_lse_close
 from torch import Tensor
 
+import swba_kernels
 from swba_kernels import reference
 
 pytest.importorskip("triton")
@@ -261,6 +262,21 @@ def test_a_first_call_inside_a_capture_says_what_is_missing() -> None:
     inputs = draw(Problem(2, 2, 77, 501), torch.bfloat16, [501])
     with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         decode(inputs)
+
+
+def test_graphs_of_torch_compile_take_a_decode_of_new_sizes() -> None:
+    inputs = draw(Problem(3, 3, 79, 507), torch.bfloat16, [507])
+    compiled = torch.compile(swba_kernels.window_decode_attention, mode="reduce-overhead", fullgraph=True)
+    outs = [compiled(inputs.q, inputs.k, inputs.v, inputs.valid).clone() for _ in range(4)]
+    assert all(torch.equal(out, decode(inputs)[0]) for out in outs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_need_not_be_on_the_current_device() -> None:
+    inputs = draw(Problem(3, 3, 79, 507), torch.bfloat16, [507])
+    expected, _ = decode(inputs)
+    tensors = (x.to("cuda:1") for x in (inputs.q, inputs.k, inputs.v, inputs.valid))
+    assert torch.equal(swba_kernels.window_decode_attention(*tensors).to(expected.device), expected)
 
 
 def test_calls_never_synchronise() -> None:

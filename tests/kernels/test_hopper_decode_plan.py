@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swba_kernels.hopper import decode
 from swba_kernels.hopper.combine import MAX_PARTS
 from swba_kernels.hopper.decode_plan import (
     CONFIGS,
@@ -213,3 +214,15 @@ def test_merged_parts_equal_attention(config, valid, seed) -> None:
         out[head, first : first + count] = (weights[..., None] * numbers).sum(0)
     expected = torch.softmax(q @ k[:, :valid].mT, -1) @ v[:, :valid]
     torch.testing.assert_close(out, expected)
+
+
+def test_tables_are_allocated_outside_the_thread_of_the_call(monkeypatch) -> None:
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with torch.inference_mode():  # of this thread, as are the memory pools of torch.compile's graphs
+        tables = decode._tables.__wrapped__(1, 16, 77, 64, 501, 1, torch.device("cpu"), None)
+    table = table_of(tables.plan, 1, 77, 132)
+    assert not tables.items.is_inference()
+    assert not tables.merges.is_inference()
+    assert tables.items.tolist() == [list(x) for x in table.items]
+    assert tables.merges.tolist() == [list(x) for x in table.merges]

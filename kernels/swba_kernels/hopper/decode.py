@@ -8,6 +8,7 @@ B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N queries,
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ from .launch import descriptor, multiprocessors
 class _Tables(NamedTuple):
     """A plan and its table on the device: items [rounds * ctas, 8] and merges [M, 6], int32.
 
-    Graphs hold the addresses of these tensors, so none is ever dropped.
+    Graphs hold the addresses of these tensors, so none is ever dropped. A thread of its own makes them: the caller's
+    may allocate from a pool in which nothing may outlive the call (while torch.compile warms its graphs up).
     """
 
     plan: LanePlan
@@ -44,9 +46,9 @@ def _tables(
     sms = multiprocessors(device)
     plan = plan or plan_lane(d, heads, n, slots, lanes, sms)
     table = table_of(plan, batch, n, sms)
-    items = torch.tensor(table.items, dtype=torch.int32, device=device)
-    merges = torch.tensor(table.merges, dtype=torch.int32, device=device).reshape(-1, FIELDS.value)
-    return _Tables(plan, table.ctas, items, merges, table.units)
+    with ThreadPoolExecutor(1) as thread:
+        items, merges = thread.map(lambda x: torch.tensor(x, dtype=torch.int32, device=device), table[1:3])
+    return _Tables(plan, table.ctas, items, merges.reshape(-1, FIELDS.value), table.units)
 
 
 def decode(
