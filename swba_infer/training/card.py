@@ -47,9 +47,9 @@ def model_card(
     Args:
         config: config.json of the model.
         runs: those of training.json: what `train` said about each run, oldest first.
-        measured: metrics.json of `evaluate`.
+        measured: metrics.json of `evaluate`; its "comparison", if any, holds shorter runs of several samplers.
         record: record.json of the recordings.
-        speeds: reports of `bench stream`.
+        speeds: reports of `bench stream`, each with a "remark" where it needs one.
     """
     scenario = record["config"]["scenario"]
     parts = [
@@ -66,12 +66,9 @@ def model_card(
         _fill(METHOD),
         "\n".join(_run(number, run) for number, run in enumerate(runs, start=1)),
         "## Measured on held-out episodes",
-        _fill(
-            f"`swba-infer evaluate --lanes {measured['lanes']} --frames {measured['frames']}` on {measured['device']} "
-            f"in {measured['dtype']}; all numbers are in `metrics.json`. The bank of real frames is "
-            f"{measured['bank']:,} frames of training episodes."
-        ),
+        _fill(_conditions(config, measured)),
         _table(measured),
+        *(_comparison(measured["comparison"]) if "comparison" in measured else []),
         *(["## Speed", "\n".join(_speed(report) for report in speeds)] if speeds else []),
         "## Limits",
         _fill(LIMITS),
@@ -101,8 +98,48 @@ def _introduction(config: Mapping[str, Any], parameters: int) -> str:
         f"{model['patch']} pixels, {stream['tokens_per_frame']} tokens a frame) that continues {model['width']} x "
         f"{model['height']} pixel video of a first-person 3-D game, one frame at a time, steered by one of "
         f"{model['actions']} actions a frame. Window {window} frames ({window / fps:.1f} s at {fps} frames/s), "
-        f"{sinks}, {sampler['steps']} denoising steps (shift {sampler['shift']:g}) and one commit a frame."
+        f"{sinks}, {_sampler(sampler)} and one commit a frame."
     )
+
+
+def _sampler(sampler: Mapping[str, Any]) -> str:
+    noise = f", history at noise level {sampler['context_noise']:g}" if sampler["context_noise"] else ""
+    return f"{sampler['steps']} denoising steps (shift {sampler['shift']:g}{noise})"
+
+
+def _conditions(config: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    text = (
+        f"`swba-infer evaluate --lanes {measured['lanes']} --frames {measured['frames']}` on {measured['device']} "
+        f"in {measured['dtype']}, {_sampler(measured['sampler'])}; all numbers are in `metrics.json`. The bank of real "
+        f"frames is {measured['bank']:,} frames of training episodes."
+    )
+    if measured["sampler"] != config["sampler"]:
+        text += " The model ships with another sampler, which was not measured at this length."
+    return text
+
+
+def _comparison(comparison: Mapping[str, Any]) -> list[str]:
+    text = (
+        f"Weights and samplers side by side: {comparison['lanes']} streams of {comparison['frames']} frames on "
+        f"{comparison['device']} in {comparison['dtype']}, with the same contexts, actions and seeds, half of them "
+        f"replayed and half scripted. The bank here is {comparison['bank']:,} frames, so that these distances cannot "
+        "be compared with those above."
+    )
+    lines = [
+        "| weights and sampler | left / right / straight / all | judged | edge energy | nearest real |",
+        "|---|---|---|---|---|",
+    ]
+    for row in comparison["rows"]:
+        turns = row["turn_agreement"]
+        name = f"{row['weights']}, {_sampler(row['sampler'])}" if "sampler" in row else row["weights"]
+        numbers = f"{turns['judged']:,} | {row['edge_energy']:.4f} | {row['nearest_real']:.4f}"
+        lines.append(f"| {name} | {_agreement(turns)} | {numbers} |")
+    remark = [_fill(comparison["remark"])] if "remark" in comparison else []
+    return [_fill(text), "\n".join(lines), *remark]
+
+
+def _agreement(turns: Mapping[str, Any]) -> str:
+    return " / ".join(f"{100 * turns[side]:.1f}" for side in ("left", "right", "straight", "overall")) + "%"
 
 
 def _run(number: int, run: Mapping[str, Any]) -> str:
@@ -124,9 +161,6 @@ def _table(measured: Mapping[str, Any]) -> str:
     replayed, scripted = rollout["replayed"], rollout["scripted"]
     ours, theirs, last = rollout["turn_agreement"], real["turn_agreement"], rollout["turn_agreement_last"]
 
-    def agreement(x: Mapping[str, Any]) -> str:
-        return " / ".join(f"{100 * x[side]:.1f}" for side in ("left", "right", "straight", "overall")) + "%"
-
     def both(key: str, digits: int = 3) -> str:
         return f"{replayed[key]:.{digits}f} / {scripted[key]:.{digits}f}"
 
@@ -142,10 +176,10 @@ def _table(measured: Mapping[str, Any]) -> str:
         (
             f"action agrees with the picture's horizontal motion, {measured['frames']:,}-frame rollouts of "
             f"{measured['lanes']} streams: left / right / straight / all",
-            agreement(ours),
-            f"{agreement(theirs)} on real frames",
+            _agreement(ours),
+            f"{_agreement(theirs)} on real frames",
         ),
-        ("the same in the last tenth", agreement(last), ""),
+        ("the same in the last tenth", _agreement(last), ""),
         (
             "frames too plain to judge the motion of",
             f"{ours['skipped']:,} of {ours['judged'] + ours['skipped']:,}",
@@ -166,10 +200,13 @@ def _table(measured: Mapping[str, Any]) -> str:
 
 
 def _speed(report: Mapping[str, Any]) -> str:
-    return (
-        f"- {report['device']}, {report['dtype']}, one stream, {report['steps']} steps and a commit: "
-        f"{report['frames_per_second']:.1f} frames/s (p50 {report['ms_p50']:.2f} ms, p99 {report['ms_p99']:.2f} ms)"
+    remark = f"; {report['remark']}" if "remark" in report else ""
+    text = (
+        f"- {report['device']}, {report['dtype']}, one stream, {report['steps']} steps and a commit, "
+        f"`{report['command']}`: {report['frames_per_second']:.1f} frames/s (p50 {report['ms_p50']:.2f} ms, "
+        f"p99 {report['ms_p99']:.2f} ms){remark}"
     )
+    return textwrap.fill(text, 120, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _read(path: Path) -> Any:

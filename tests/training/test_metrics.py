@@ -86,6 +86,20 @@ def test_record_train_and_evaluate_work_as_commands(tmp_path, capsys):
     assert f"4 episodes, {record_facts['frames']} frames, seeds 0 to 3" in " ".join(text.split())
     assert f"{result['next_frame']['psnr']:.1f} dB | {result['next_frame']['copy_psnr']:.1f} dB by copying" in text
     assert "1. 4 steps in" in text
+    assert "side by side" not in text
+    assert "ships with another sampler" not in text
+
+    row = {"weights": "before", "turn_agreement": result["real"]["turn_agreement"]}
+    row |= {"edge_energy": 0.01234, "nearest_real": 0.02, "sampler": {"steps": 2, "shift": 1.5, "context_noise": 0.1}}
+    compared = {"lanes": 3, "frames": 70, "device": "2 CPU cores", "dtype": "float32", "bank": 160, "rows": [row]}
+    sampler = {"steps": 5, "shift": 2.0, "context_noise": 0.0}
+    (out / "model" / "metrics.json").write_text(json.dumps({**result, "sampler": sampler, "comparison": compared}))
+    assert card.main(["--model", str(out / "model"), "--data", data]) == 0
+    text = (out / "model" / "MODEL_CARD.md").read_text()
+    assert "ships with another sampler" in " ".join(text.split())
+    assert "3 streams of 70 frames on 2 CPU cores" in " ".join(text.split())
+    assert "| before, 2 denoising steps (shift 1.5, history at noise level 0.1) |" in text
+    assert "| 0.0123 | 0.0200 |" in text
 
 
 @pytest.mark.parametrize("option", ["--lanes", "--frames", "--context"])
