@@ -304,3 +304,10 @@ def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatc
     body = ops._on_its_device(lambda x, factor: events.append("body") or x * factor)
     assert torch.equal(body(x, 3), x * 3)
     assert events == [("enter", x.device), "body", ("exit", x.device)]
+
+
+def test_rings_too_long_for_32_bit_fractions_are_left_to_the_portable_kernels() -> None:
+    most = supports.TOO_MANY_TOKENS - 1
+    rings = [torch.empty(1, 1, slots, 64, dtype=torch.bfloat16, device="meta") for slots in (most, most + 1)]
+    assert supports.obstacle(rings[0]) is None
+    assert f"{most + 1} tokens or slots" in str(supports.obstacle(rings[1]))

@@ -16,10 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swba_kernels.hopper import decode
+from swba_kernels.hopper import decode, supports
 from swba_kernels.hopper.combine import MAX_PARTS
 from swba_kernels.hopper.decode_plan import (
     CONFIGS,
+    MAX_FRACTIONS,
     LanePlan,
     Table,
     bundle_costs,
@@ -226,3 +227,8 @@ def test_tables_are_allocated_outside_the_thread_of_the_call(monkeypatch) -> Non
     assert not tables.merges.is_inference()
     assert tables.items.tolist() == [list(x) for x in table.items]
     assert tables.merges.tolist() == [list(x) for x in table.merges]
+
+
+def test_fractions_of_the_longest_ring_fit_32_bits() -> None:
+    for _, config in ALL_CONFIGS:
+        assert MAX_FRACTIONS * -(-supports.TOO_MANY_TOKENS // config.key_tile) < 2**31

@@ -18,6 +18,7 @@ from torch import Tensor
 
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
+TOO_MANY_TOKENS = 1 << 24  # of twice as many, the fractions that the decode computes no longer fit 32 bits
 CAPABILITY = (9, 0)
 
 # Gluon is experimental and changes with every release: these were compiled ahead of time, 3.6 also ran.
@@ -66,6 +67,8 @@ def obstacle(*tensors: Tensor) -> str | None:
     if found:
         return found
     for x in tensors:
+        if x.shape[2] >= TOO_MANY_TOKENS:
+            return f"{x.shape[2]} tokens or slots (need fewer than {TOO_MANY_TOKENS})"
         if x.data_ptr() % 16:
             return "a tensor whose first element is not aligned to 16 bytes"
         if not tma_strides(x):
