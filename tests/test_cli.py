@@ -253,3 +253,11 @@ def test_the_module_runs_as_a_program():
         [sys.executable, "-m", "swba_infer", "doctor"], capture_output=True, env=os.environ, check=False
     )
     assert done.returncode == 0
+
+
+def test_a_prompt_for_a_model_that_is_no_wan_names_the_model(tmp_path, capsys):
+    assert main(["generate", "--prompt", "a cat", "--out", str(tmp_path / "a.mp4")]) == 2
+    assert "model: expected a Wan checkpoint, got 'freedoom'" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "out")]) == 2
+    assert "none.pt': no such file or folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

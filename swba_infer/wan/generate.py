@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..progress import track
 from ..video import VideoWriter, read_frames, resize_frames
 from .generator import DEFAULT_FPS, WanGenerator
+from .load import find_transformer
 from .options import parse_size
 from .prompts import PromptSchedule, read_prompts
 from .sampler import RenoisingSampler
@@ -77,6 +78,7 @@ def run_prompt(args: argparse.Namespace) -> int:
     frames = _count_frames(args, fps)
     sampler = _sampler(args)
     size = parse_size(args.size)
+    find_transformer(args.model)
     device = pick_device(args.device)
     base = Path(args.model) if args.base is None else args.base
     schedule = _read_schedule(args)

@@ -72,7 +72,7 @@ def find_transformer(path: str | os.PathLike[str]) -> Path:
     """Return the file or folder that holds the transformer; raise ConfigError if there is none."""
     found = Path(path)
     if not found.exists():
-        raise ConfigError(f"model: expected a safetensors file or a folder of them, got {str(path)!r}")
+        raise ConfigError(f"model: expected a Wan checkpoint, got {str(path)!r}: no such file or folder")
     if (found / "model_index.json").is_file():
         found = found / "transformer"
         if not found.is_dir():
