@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..portable.forward import LOG2E
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .backward_fused import fused_kernel
@@ -23,7 +24,6 @@ from .backward_shared import ROW_COPIES, row_box_layout
 from .launch import _Base, descriptor
 from .supports import tma_strides
 
-LOG2E = 1.4426950408889634
 COPIES = ROW_COPIES.value
 
 

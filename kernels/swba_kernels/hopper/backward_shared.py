@@ -21,16 +21,6 @@ row_box = gluon.constexpr_function(row_box_layout)
 
 
 @gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    """Step through a ring of buffers; the phase flips when the ring wraps."""
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
-
-
-@gluon.jit
 def load_row_terms(desc, i_head, heads, row, full, buffer):
     """Copy the terms of the rows from `row` on, of head i_head of all `heads` of the batch, into a box [1, ROWS]."""
     copy = row % ROW_COPIES

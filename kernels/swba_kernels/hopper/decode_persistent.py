@@ -24,21 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .compat import allow_dependents, await_prerequisites, box, named_arrive, named_sync, tma_load, tma_store
 from .decode_plan import key_tiles_of_part
+from .pipeline import next_stage
 from .softmax import first_weights, next_weights, rescale
 
 # Of an item in the table: row, head, first query, low and high end of its part of the keys, unit, items of this CTA.
 FIELDS = gl.constexpr(8)
 TURN = gl.constexpr(12)  # the first of W named barriers, with which the consumers take turns at the tensor cores
-
-
-@gluon.jit
-def _advance(stage, phase, STAGES: gl.constexpr):
-    """Step through a ring of buffers; the phase flips when it wraps."""
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
 
 
 @gluon.jit
@@ -97,7 +88,7 @@ def _producer(
             mbarrier.expect(v_full.index(stage), BN * D * 2)
             tma_load(v_desc, [lane, i_kv, slot, 0], v_full.index(stage), box(v_smem.index(stage), BN, D))
             slot += BN
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -137,7 +128,7 @@ def _attend(
     for _ in range(1, tiles):
         v_stage = stage
         v_phase = phase
-        stage, phase = _advance(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
         mbarrier.wait(k_full.index(stage), phase)
         if TURNS:
             named_sync(TURN + ME, 256)
@@ -158,7 +149,7 @@ def _attend(
     acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(stage), count=1)
-    stage, phase = _advance(stage, phase, STAGES)
+    stage, phase = next_stage(stage, phase, STAGES)
     return acc, top, total, stage, phase
 
 
@@ -176,7 +167,7 @@ def _pass_on(keys, stage, phase, tiles, W: gl.constexpr, STAGES: gl.constexpr, T
         mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.wait(v_full.index(stage), phase)
         mbarrier.arrive(v_empty.index(stage), count=1)
-        stage, phase = _advance(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     return stage, phase
 
 

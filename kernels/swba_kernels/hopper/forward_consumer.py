@@ -15,7 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .compat import box, cta_barrier, named_arrive, named_sync, tma_store
-from .forward_shared import advance, item, keys_of, rounds
+from .forward_shared import item, keys_of, rounds
+from .pipeline import next_stage
 from .softmax import first_weights, next_weights, rescale
 
 TURN = gl.constexpr(12)  # hardware barriers TURN + i: consumer i may start its matmuls
@@ -112,7 +113,7 @@ def _next_tile(
     """Issue the scores of one more tile, then the matmul of the tile before it (in `stage`), whose weights are p."""
     last = stage
     last_phase = phase
-    stage, phase = advance(stage, phase, buffers.k.shape[0])
+    stage, phase = next_stage(stage, phase, buffers.k.shape[0])
     mbarrier.wait(bars.k_full.index(stage), phase)
     _await_turn(TURNS, GROUP)
     s = _issue_scores(q, buffers.k.index(stage))
@@ -163,7 +164,7 @@ def _attend(
     acc = warpgroup_mma(p, buffers.v.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(bars.v_empty.index(stage), count=1)
-    stage, phase = advance(stage, phase, buffers.k.shape[0])
+    stage, phase = next_stage(stage, phase, buffers.k.shape[0])
     return acc, top, total, stage, phase
 
 
@@ -181,7 +182,7 @@ def _sit_out(lengths, buffers, bars, q_empty, stage, phase, TURNS: gl.constexpr,
         mbarrier.arrive(bars.k_empty.index(stage), count=1)
         mbarrier.wait(bars.v_full.index(stage), phase)
         mbarrier.arrive(bars.v_empty.index(stage), count=1)
-        stage, phase = advance(stage, phase, buffers.k.shape[0])
+        stage, phase = next_stage(stage, phase, buffers.k.shape[0])
     return stage, phase
 
 
@@ -235,7 +236,7 @@ def consume(
             _write(acc, top, total, i_b, i_h, row, end, buffers.out.index(GROUP), outputs, call)
         else:
             stage, phase = _sit_out(lengths, buffers, bars, q_empty, stage, phase, TURNS, GROUP)
-        q_stage, q_phase = advance(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
+        q_stage, q_phase = next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
     if TURNS and GROUP == 0:
         named_sync(TURN, 256)
     tma.store_wait(0)

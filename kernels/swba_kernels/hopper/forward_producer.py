@@ -9,7 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .compat import box, tma_load
-from .forward_shared import advance, item, keys_of, rounds
+from .forward_shared import item, keys_of, rounds
+from .pipeline import next_stage
 
 
 class Inputs(NamedTuple):
@@ -43,7 +44,7 @@ def _copy(k_desc, v_desc, i_b, i_h, start, length, buffers, bars, stage, phase):
         mbarrier.expect(v_full, COLUMNS * D * 2)
         tma_load(v_desc, [i_b, i_h, row, 0], v_full, box(buffers.v.index(stage), COLUMNS, D))
         row = start + (tiles - 2 - j) * COLUMNS
-        stage, phase = advance(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     return stage, phase
 
 
@@ -64,7 +65,7 @@ def produce(inputs, buffers, bars, call, SINKS: gl.constexpr, RING: gl.constexpr
         mbarrier.expect(q_full, GROUPS * 64 * D * 2)
         for g in gl.static_range(GROUPS):
             tma_load(inputs.q, [i_b, i_h, row + g * 64, 0], q_full, box(buffers.q.index(q_stage * GROUPS + g), 64, D))
-        q_stage, q_phase = advance(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
+        q_stage, q_phase = next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
         i_h = i_h // call.group
         stage, phase = _copy(inputs.k, inputs.v, i_b, i_h, first, end - first, buffers, bars, stage, phase)
         if SINKS:

@@ -58,16 +58,6 @@ class Call(NamedTuple):
 
 
 @gluon.jit
-def advance(stage, phase, STAGES: gl.constexpr):
-    """Step through a ring of buffers; the phase flips whenever it wraps."""
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
-
-
-@gluon.jit
 def rounds(call):
     """Return the number of this CTA's work items."""
     return rounds_of(call.full, call.rest, gl.program_id(0))
