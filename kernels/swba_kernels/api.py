@@ -25,6 +25,7 @@ def block_window_attention(
     v: Tensor,
     pattern: BlockWindow,
     *,
+    q_sink: Tensor | None = None,
     sm_scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
@@ -39,6 +40,9 @@ def block_window_attention(
         q: [B, H, N, D]; fp16, bf16, fp32 (or fp64 on a CPU); D a multiple of 8 up to 256.
         k, v: [B, Hkv, N, D], where Hkv divides H; query head h reads key/value head h // (H // Hkv).
         pattern: who sees whom, in tokens.
+        q_sink: like q, takes the place of q in the scores of keys below `pattern.sink`, also of those that still lie in
+            the window; both kinds of scores share one softmax. Queries rotated for another position let the sinks
+            stay at a bounded relative distance. Differentiable.
         sm_scale: factor on the scores, 1/sqrt(D) by default.
         return_lse: also return the natural log-sum-exp of the scaled scores; no gradient flows through it.
         impl: "auto", or "hopper", "triton" or "sdpa", which run or raise.
@@ -54,11 +58,12 @@ def block_window_attention(
     """
     _check_pattern(pattern)
     _check_qkv(q, k, v)
+    _check_q_sink(q_sink, q, pattern.sink, "pattern.sink")
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic: expected a bool, got {type(deterministic).__name__}")
     name = resolve(impl, q, "forward")
     out, lse = torch.ops.swba.forward(
-        q, k, v, _scale(sm_scale, q),
+        q, k, v, q_sink, _scale(sm_scale, q),
         *pattern.sizes, name, return_lse, deterministic,
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -93,6 +98,7 @@ def prefill_attention(
     v_ring: Tensor,
     position: Tensor,
     *,
+    q_sink: Tensor | None = None,
     lanes: Tensor | None = None,
     sm_scale: float | None = None,
     return_lse: bool = False,
@@ -110,6 +116,7 @@ def prefill_attention(
         k_ring, v_ring: [L, Hkv, S, D] with S >= pattern.sink + pattern.window, as `ring_write` with the pattern's
             sink filled them.
         position: int64 [B], tokens of each row's history.
+        q_sink: as in `block_window_attention`; sinks count from the start of the stream.
         lanes: int64 [B], the ring lane of each row; None where row b reads lane b.
         sm_scale, return_lse, impl: as in `block_window_attention`.
 
@@ -121,6 +128,7 @@ def prefill_attention(
     """
     _check_pattern(pattern)
     _check_qkv(q, k, v)
+    _check_q_sink(q_sink, q, pattern.sink, "pattern.sink")
     _check_rings(k_ring, v_ring, q, k.shape[1])
     _check_rows("position", position, q)
     _check_lanes(lanes, q, k_ring)
@@ -130,8 +138,8 @@ def prefill_attention(
         )
     name = resolve(impl, q, "prefill")
     out, lse = torch.ops.swba.prefill(
-        q.detach(), k.detach(), v.detach(), k_ring.detach(), v_ring.detach(), position, lanes, _scale(sm_scale, q),
-        *pattern.sizes, name, return_lse,
+        q.detach(), k.detach(), v.detach(), _detached(q_sink), k_ring.detach(), v_ring.detach(), position, lanes,
+        _scale(sm_scale, q), *pattern.sizes, name, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -142,6 +150,8 @@ def window_decode_attention(
     v_ring: Tensor,
     valid: Tensor,
     *,
+    q_sink: Tensor | None = None,
+    sink: int = 0,
     lanes: Tensor | None = None,
     sm_scale: float | None = None,
     return_lse: bool = False,
@@ -153,6 +163,8 @@ def window_decode_attention(
         q: [B, H, N, D] with N <= S.
         k_ring, v_ring: [L, Hkv, S, D].
         valid: int64 [B] from 1 to S, read on the device.
+        q_sink: like q, takes the place of q in the scores of the first `sink` slots; see `block_window_attention`.
+        sink: number of leading slots that q_sink reads, from 1 to S with q_sink and 0 without.
         lanes: int64 [B], the ring lane of each row; None where row b reads lane b.
         sm_scale, return_lse, impl: as in `block_window_attention`.
 
@@ -164,13 +176,19 @@ def window_decode_attention(
     """
     _check_tensor("q", q)
     _check_rings(k_ring, v_ring, q, None)
+    _check_int("sink", sink)
+    _check_q_sink(q_sink, q, sink, "sink")
+    if not 0 <= sink <= (0 if q_sink is None else k_ring.shape[2]):
+        expected = "0 without q_sink" if q_sink is None else f"from 1 to {k_ring.shape[2]} (the slots of the ring)"
+        raise ValueError(f"sink: expected {expected}, got {sink}")
     _check_rows("valid", valid, q)
     _check_lanes(lanes, q, k_ring)
     if q.shape[2] > k_ring.shape[2]:
         raise ValueError(f"q: expected at most {k_ring.shape[2]} tokens (the slots of the ring), got {q.shape[2]}")
     name = resolve(impl, q, "decode")
     out, lse = torch.ops.swba.decode(
-        q.detach(), k_ring.detach(), v_ring.detach(), valid, lanes, _scale(sm_scale, q), name, return_lse,
+        q.detach(), k_ring.detach(), v_ring.detach(), _detached(q_sink), valid, lanes, sink, _scale(sm_scale, q),
+        name, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -208,8 +226,7 @@ def ring_write(
     _check_rings(k_ring, v_ring, k, k.shape[1])
     _check_rows("position", position, k)
     _check_lanes(lanes, k, k_ring)
-    if isinstance(sink, bool) or not isinstance(sink, int):
-        raise TypeError(f"sink: expected an int, got {type(sink).__name__} {sink!r}")
+    _check_int("sink", sink)
     if not 0 <= sink < k_ring.shape[2]:
         raise ValueError(f"sink: expected 0 <= sink < {k_ring.shape[2]} (the slots of the ring), got {sink}")
     if k_ring.requires_grad or v_ring.requires_grad:
@@ -247,6 +264,14 @@ def _check_same(name: str, x: Tensor, other: str, y: Tensor) -> None:
     _check_like(name, x, other, y)
     if x.shape != y.shape:
         raise ValueError(f"{name}: expected the shape of {other} {tuple(y.shape)}, got {tuple(x.shape)}")
+
+
+def _check_q_sink(q_sink: Tensor | None, q: Tensor, sink: int, where: str) -> None:
+    if q_sink is None:
+        return
+    _check_same("q_sink", q_sink, "q", q)
+    if sink < 1:
+        raise ValueError(f"q_sink: expected None where {where} is {sink}, got a tensor")
 
 
 def _check_heads(name: str, x: Tensor, q: Tensor) -> None:
@@ -297,6 +322,15 @@ def _check_lanes(lanes: Tensor | None, q: Tensor, k_ring: Tensor) -> None:
 def _check_pattern(pattern: BlockWindow) -> None:
     if not isinstance(pattern, BlockWindow):
         raise TypeError(f"pattern: expected a BlockWindow, got {type(pattern).__name__}")
+
+
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def _scale(sm_scale: float | None, q: Tensor) -> float:

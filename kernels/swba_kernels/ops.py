@@ -5,13 +5,14 @@ B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N new toke
 Sizes are SymInt, so that torch.compile can leave them dynamic. `impl` names the implementation, already resolved:
 "hopper", "triton" or "sdpa". "hopper-or-triton" leaves to each call, as it runs, which of the two suits its tensors and
 sizes; both save the same log-sum-exp, so a backward may run on the other one. `need_lse=False` lets an implementation
-that would have to compute the log-sum-exp apart leave it out: `lse` is then [B, H, 0].
+that would have to compute the log-sum-exp apart leave it out: `lse` is then [B, H, 0]. `q_sink`, if given, takes the
+place of q in the scores of keys (slots) below `sink`; without it the backward's fourth result has no elements.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -26,20 +27,20 @@ _TRITON = ("triton", HOPPER_OR_TRITON)
 _PATTERN = "float scale, SymInt block_size, SymInt window, SymInt sink, SymInt grid_start"
 _LIBRARY = torch.library.Library("swba", "DEF")
 _LIBRARY.define(
-    f"forward(Tensor q, Tensor k, Tensor v, {_PATTERN}, str impl, bool need_lse, bool deterministic) "
+    f"forward(Tensor q, Tensor k, Tensor v, Tensor? q_sink, {_PATTERN}, str impl, bool need_lse, bool deterministic) "
     "-> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PATTERN}, str impl, bool deterministic) -> (Tensor, Tensor, Tensor)"
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor out, Tensor lse, "
+    f"{_PATTERN}, str impl, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "prefill(Tensor q, Tensor k, Tensor v, Tensor k_ring, Tensor v_ring, Tensor position, Tensor? lanes, "
-    f"{_PATTERN}, str impl, bool need_lse) -> (Tensor, Tensor)"
+    "prefill(Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor k_ring, Tensor v_ring, Tensor position, "
+    f"Tensor? lanes, {_PATTERN}, str impl, bool need_lse) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "decode(Tensor q, Tensor k_ring, Tensor v_ring, Tensor valid, Tensor? lanes, float scale, "
-    "str impl, bool need_lse) -> (Tensor, Tensor)"
+    "decode(Tensor q, Tensor k_ring, Tensor v_ring, Tensor? q_sink, Tensor valid, Tensor? lanes, SymInt sink, "
+    "float scale, str impl, bool need_lse) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "ring_write(Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor k, Tensor v, Tensor position, Tensor? lanes, "
@@ -52,17 +53,25 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _dense_or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _dense(x)
+
+
 def _pattern(block_size: int, window: int, sink: int, grid_start: int) -> dict[str, Any]:
     return {"block_size": block_size, "window": window, "sink": sink, "grid_start": grid_start}
 
 
-def _on_hopper(impl: str, op: str, block_size: int, q: Tensor, *others: Tensor) -> bool:
+def _given(q_sink: Tensor | None, **more: Any) -> dict[str, Any]:
+    return {} if q_sink is None else {"q_sink": q_sink, **more}
+
+
+def _on_hopper(impl: str, op: str, block_size: int, q_sink: Tensor | None, q: Tensor, *others: Tensor) -> bool:
     """Tell whether this call runs the Hopper kernels; "hopper" asked for by name runs them or raises."""
     if impl not in _HOPPER:
         return False
     from .hopper import supports
 
-    obstacle = supports.obstacle(q, *others)
+    obstacle = supports.obstacle(q, *others, op=op, q_sink=q_sink)
     if impl == "hopper":
         if obstacle:
             raise ValueError(f"impl: expected an implementation that can run here, got 'hopper' for {op}: {obstacle}")
@@ -79,80 +88,90 @@ def _log_once(op: str, obstacle: str) -> None:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int, window: int, sink: int, grid_start: int,
+    q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None,
+    scale: float, block_size: int, window: int, sink: int, grid_start: int,
     impl: str, need_lse: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v, q_sink = _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if _on_hopper(impl, "forward", block_size, q, k, v):
+    if _on_hopper(impl, "forward", block_size, q_sink, q, k, v):
         from .hopper.forward import forward
 
-        return forward(q, k, v, scale=scale, **pattern)
+        return forward(q, k, v, scale=scale, **_given(q_sink), **pattern)
     if impl in _TRITON:
         from .portable.forward import forward
 
-        return forward(q, k, v, scale=scale, **pattern)
+        return forward(q, k, v, q_sink=q_sink, scale=scale, **pattern)
     from . import sdpa
 
-    return sdpa.forward(q, k, v, scale=scale, need_lse=need_lse, **pattern)
+    return sdpa.forward(q, k, v, q_sink=q_sink, scale=scale, need_lse=need_lse, **pattern)
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, out: Tensor, lse: Tensor,
     scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout, q, k, v, q_sink = _dense(dout), _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if _on_hopper(impl, "backward", block_size, q, k, v):
+    gradients: Sequence[Any]
+    if _on_hopper(impl, "backward", block_size, q_sink, q, k, v):
         from .hopper.backward import backward
 
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        return backward(dout, q, k, v, out, lse, scale=scale, deterministic=deterministic, **pattern)
-    if impl in _TRITON:
+        gradients = backward(
+            dout, q, k, v, out, lse, scale=scale, deterministic=deterministic, **_given(q_sink), **pattern
+        )
+    elif impl in _TRITON:
         from .portable.backward import backward
 
-        return backward(dout, q, k, v, out, lse, scale=scale, **pattern)
-    from . import sdpa
+        gradients = backward(dout, q, k, v, out, lse, q_sink=q_sink, scale=scale, **pattern)
+    else:
+        from . import sdpa
 
-    return sdpa.backward(dout, q, k, v, out, lse, scale=scale, **pattern)
+        gradients = sdpa.backward(dout, q, k, v, out, lse, q_sink=q_sink, scale=scale, **pattern)
+    return (*gradients[:3], q.new_empty(0) if q_sink is None else gradients[3])
 
 
 def _prefill(
-    q: Tensor, k: Tensor, v: Tensor, k_ring: Tensor, v_ring: Tensor, position: Tensor, lanes: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None,
+    k_ring: Tensor, v_ring: Tensor, position: Tensor, lanes: Tensor | None,
     scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v, q_sink = _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if _on_hopper(impl, "prefill", block_size, q, k, v, k_ring, v_ring):
+    if _on_hopper(impl, "prefill", block_size, q_sink, q, k, v, k_ring, v_ring):
         from .hopper.forward import forward
         from .portable.forward import Ring
 
-        return forward(q, k, v, scale=scale, ring=Ring(k_ring, v_ring, position, lanes), **pattern)
+        ring = Ring(k_ring, v_ring, position, lanes)
+        return forward(q, k, v, scale=scale, ring=ring, **_given(q_sink), **pattern)
     if impl in _TRITON:
         from .portable.forward import Ring, forward
 
-        return forward(q, k, v, scale=scale, ring=Ring(k_ring, v_ring, position, lanes), **pattern)
+        return forward(q, k, v, q_sink=q_sink, scale=scale, ring=Ring(k_ring, v_ring, position, lanes), **pattern)
     from . import sdpa
 
-    return sdpa.prefill(q, k, v, k_ring, v_ring, position, lanes, scale=scale, need_lse=need_lse, **pattern)
+    return sdpa.prefill(
+        q, k, v, k_ring, v_ring, position, lanes, q_sink=q_sink, scale=scale, need_lse=need_lse, **pattern
+    )
 
 
 def _decode(
-    q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None,
-    scale: float, impl: str, need_lse: bool,
+    q: Tensor, k_ring: Tensor, v_ring: Tensor, q_sink: Tensor | None, valid: Tensor, lanes: Tensor | None,
+    sink: int, scale: float, impl: str, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q = _dense(q)
-    if _on_hopper(impl, "decode", q.shape[2], q, k_ring, v_ring):
+    q, q_sink = _dense(q), _dense_or_none(q_sink)
+    if _on_hopper(impl, "decode", q.shape[2], q_sink, q, k_ring, v_ring):
         from .hopper.decode import decode
 
-        return decode(q, k_ring, v_ring, valid, lanes, scale=scale)
+        return decode(q, k_ring, v_ring, valid, lanes, scale=scale, **_given(q_sink, sink=sink))
     if impl in _TRITON:
         from .portable.decode import decode
 
-        return decode(q, k_ring, v_ring, valid, lanes, scale=scale)
+        return decode(q, k_ring, v_ring, valid, lanes, q_sink=q_sink, sink=sink, scale=scale)
     from . import sdpa
 
-    return sdpa.decode(q, k_ring, v_ring, valid, lanes, scale=scale, need_lse=need_lse)
+    return sdpa.decode(q, k_ring, v_ring, valid, lanes, q_sink=q_sink, sink=sink, scale=scale, need_lse=need_lse)
 
 
 def _ring_write(
@@ -171,28 +190,20 @@ def _fake_out(q: Tensor, impl: str, need_lse: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[1], rows), dtype=torch.float32)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int, window: int, sink: int, grid_start: int,
-    impl: str, need_lse: bool, deterministic: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, impl, need_lse, _ = rest
     return _fake_out(q, impl, need_lse)
 
 
-def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(_dense(q)), torch.empty_like(_dense(k)), torch.empty_like(_dense(v))
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq_sink = q.new_empty(0) if q_sink is None else torch.empty_like(_dense(q_sink))
+    return torch.empty_like(_dense(q)), torch.empty_like(_dense(k)), torch.empty_like(_dense(v)), dq_sink
 
 
-def _prefill_fake(
-    q: Tensor, k: Tensor, v: Tensor, k_ring: Tensor, v_ring: Tensor, position: Tensor, lanes: Tensor | None,
-    scale: float, block_size: int, window: int, sink: int, grid_start: int, impl: str, need_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _fake_out(q, impl, need_lse)
-
-
-def _decode_fake(
-    q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None,
-    scale: float, impl: str, need_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, impl, need_lse = rest
     return _fake_out(q, impl, need_lse)
 
 
@@ -201,16 +212,17 @@ def _ring_write_fake(*args: Any) -> None:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, scale, *pattern, impl, _, deterministic = inputs
+    q, k, v, q_sink, scale, *pattern, impl, _, deterministic = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.save_for_backward(q, k, v, q_sink, out, lse)
     ctx.scale, ctx.pattern, ctx.how = scale, pattern, (impl, deterministic)
 
 
 def _gradients(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    return (*torch.ops.swba.backward(dout, *saved, ctx.scale, *ctx.pattern, *ctx.how), *[None] * 8)
+    dq, dk, dv, dq_sink = torch.ops.swba.backward(dout, *saved, ctx.scale, *ctx.pattern, *ctx.how)
+    return dq, dk, dv, None if saved[3] is None else dq_sink, *[None] * 8
 
 
 def _on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,8 +239,8 @@ def _on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _body, _fake in (
     ("forward", _forward, _forward_fake),
     ("backward", _backward, _backward_fake),
-    ("prefill", _prefill, _prefill_fake),
-    ("decode", _decode, _decode_fake),
+    ("prefill", _prefill, _attention_fake),
+    ("decode", _decode, _attention_fake),
     ("ring_write", _ring_write, _ring_write_fake),
 ):
     _LIBRARY.impl(_name, _body, "CPU")

@@ -47,6 +47,7 @@ def block_window_reference(
     pattern: BlockWindow,
     *,
     block_ends: Sequence[int] | None = None,
+    q_sink: Tensor | None = None,
     sm_scale: float | None = None,
     history: int = 0,
     return_lse: bool = False,
@@ -58,6 +59,7 @@ def block_window_reference(
         k, v: [B, Hkv, history + N, D]; H is a multiple of Hkv, query head h reads head h // (H // Hkv).
         pattern: window and sink, and the block grid unless `block_ends` is given.
         block_ends: explicit block ends, counted from the call's first token; the last one is N.
+        q_sink: [B, H, N, D], takes the place of q in the scores of keys at absolute position < pattern.sink.
         sm_scale: factor on the scores, 1/sqrt(D) by default.
         history: number of leading keys that precede the call.
         return_lse: also return the natural log-sum-exp [B, H, N] of the scaled scores.
@@ -65,7 +67,7 @@ def block_window_reference(
     n = q.shape[2]
     ends = pattern.block_ends(n) if block_ends is None else block_ends
     mask = visible_mask(ends, pattern.window, pattern.sink, keys=k.shape[2], history=history, device=q.device)
-    return _masked_attention(q, k, v, mask, sm_scale, return_lse)
+    return _masked_attention(q, k, v, mask, sm_scale, return_lse, q_sink, pattern.sink)
 
 
 def decode_reference(
@@ -75,6 +77,8 @@ def decode_reference(
     valid: Tensor,
     *,
     lanes: Tensor | None = None,
+    q_sink: Tensor | None = None,
+    sink: int = 0,
     sm_scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -85,12 +89,13 @@ def decode_reference(
         k_ring, v_ring: [L, Hkv, S, D].
         valid: [B] number of slots to read.
         lanes: [B] ring lane of each row; row b reads lane b by default.
+        q_sink: [B, H, N, D], takes the place of q in the scores of the first `sink` slots.
     """
     outs, lses = [], []
     for b, (lane, n) in enumerate(zip(_lanes(lanes, q.shape[0]), valid.tolist(), strict=True)):
         k, v = k_ring[lane : lane + 1, :, :n], v_ring[lane : lane + 1, :, :n]
         mask = torch.ones(q.shape[2], n, dtype=torch.bool, device=q.device)
-        out, lse = _masked_attention(q[b : b + 1], k, v, mask, sm_scale, True)
+        out, lse = _masked_attention(q[b : b + 1], k, v, mask, sm_scale, True, _row(q_sink, b), sink)
         outs.append(out)
         lses.append(lse)
     out = torch.cat(outs)
@@ -107,6 +112,7 @@ def prefill_reference(
     position: Tensor,
     *,
     lanes: Tensor | None = None,
+    q_sink: Tensor | None = None,
     sm_scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -123,7 +129,14 @@ def prefill_reference(
             old[:, tokens] = ring[lane][:, slots]
             full.append(torch.cat([old, new[b]], dim=1)[None])
         out, lse = block_window_reference(
-            q[b : b + 1], full[0], full[1], pattern, sm_scale=sm_scale, history=p, return_lse=True
+            q[b : b + 1],
+            full[0],
+            full[1],
+            pattern,
+            q_sink=_row(q_sink, b),
+            sm_scale=sm_scale,
+            history=p,
+            return_lse=True,
         )
         outs.append(out)
         lses.append(lse)
@@ -168,13 +181,28 @@ def _lanes(lanes: Tensor | None, batch: int) -> list[int]:
     return list(range(batch)) if lanes is None else lanes.tolist()
 
 
+def _row(x: Tensor | None, b: int) -> Tensor | None:
+    return None if x is None else x[b : b + 1]
+
+
 def _masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sm_scale: float | None, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    sm_scale: float | None,
+    return_lse: bool,
+    q_sink: Tensor | None,
+    sink: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
+    scores = q @ k.transpose(-1, -2) * scale
+    if q_sink is not None:
+        of_sinks = q_sink @ k.transpose(-1, -2) * scale
+        scores = torch.where(torch.arange(k.shape[2], device=k.device) < sink, of_sinks, scores)
+    scores = scores.masked_fill(~mask, float("-inf"))
     out = torch.softmax(scores, dim=-1) @ v
     if not return_lse:
         return out

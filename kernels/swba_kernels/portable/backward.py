@@ -247,9 +247,10 @@ def backward(
     window: int,
     sink: int,
     grid_start: int,
+    q_sink: Tensor | None = None,
     tile_dkv: Tile | None = None,
     tile_dq: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv) of the forward call that gave `out` and `lse`, bit for bit the same every time.
 
     Args:
@@ -262,6 +263,8 @@ def backward(
     Returns:
         Gradients with the dtypes and layouts of q, k and v.
     """
+    if q_sink is not None:
+        raise ValueError("q_sink: expected None, the portable kernels do not take it yet")
     dout, q, k, v, out, lse = (
         dense_rows(dout),
         dense_rows(q),
@@ -274,7 +277,7 @@ def backward(
     kv_heads = k.shape[1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if q.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
+        return dq, dk.zero_(), dv.zero_(), None
     tile_dkv = tile_dkv or tile_for("dkv", q)
     tile_dq = tile_dq or tile_for("dq", q)
     unit = stride_unit(dout, q, k, v, out, dq, dk, dv)
@@ -301,4 +304,4 @@ def backward(
         scale, scale * LOG2E, heads, *pattern, plan.group, plan.per_group, plan.tiles, **constants,
         BLOCK_M=tile_dq.block_m, BLOCK_N=tile_dq.block_n, STAGES=tile_dq.stages, num_warps=tile_dq.warps,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq, dk, dv, None

@@ -278,6 +278,8 @@ def decode(
     lanes: Tensor | None,
     *,
     scale: float,
+    q_sink: Tensor | None = None,
+    sink: int = 0,
     tile: DecodeTile | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -294,6 +296,8 @@ def decode(
     Returns:
         out [B, H, N, D] with the layout of q and the natural log-sum-exp [B, H, N] in float32.
     """
+    if q_sink is not None:
+        raise ValueError("q_sink: expected None, the portable kernels do not take it yet")
     batch, heads, n, d = q.shape
     kv_heads, capacity = k_ring.shape[1], k_ring.shape[2]
     q, k_ring, v_ring = dense_rows(q), dense_rows(k_ring), dense_rows(v_ring)

@@ -183,6 +183,7 @@ def forward(
     window: int,
     sink: int,
     grid_start: int,
+    q_sink: Tensor | None = None,
     ring: Ring | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -200,6 +201,8 @@ def forward(
     Returns:
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
     """
+    if q_sink is not None:
+        raise ValueError("q_sink: expected None, the portable kernels do not take it yet")
     if scale < 0:
         q, scale = -q, -scale
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
