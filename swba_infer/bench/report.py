@@ -90,6 +90,7 @@ def plot_attention(path: Path, report: Mapping[str, Any]) -> bool:
     passes = [name for name in ("forward", "backward", "decode") if any(row["pass"] == name for row in rows)]
     if not passes:
         return False
+    known = list(dict.fromkeys(row["variant"] for row in rows))  # a variant has one colour in all panels
     figure, axes = pyplot.subplots(len(passes), 1, figsize=(12, 3.6 * len(passes)), squeeze=False, layout="constrained")
     for axis, which in zip(axes[:, 0], passes, strict=True):
         chosen = [row for row in rows if row["pass"] == which]
@@ -99,12 +100,14 @@ def plot_attention(path: Path, report: Mapping[str, Any]) -> bool:
         for i, variant in enumerate(variants):
             points = [(shapes.index(row["shape"]), row["tflops"]) for row in chosen if row["variant"] == variant]
             xs = [x - 0.4 + (i + 0.5) * width for x, _ in points]
-            axis.bar(xs, [y for _, y in points], width, label=variant, zorder=2)
+            color = f"C{known.index(variant)}"
+            axis.bar(xs, [y for _, y in points], width, label=variant, color=color, zorder=2)
         axis.set_xticks(range(len(shapes)), [s.split("-", 1)[1].replace("-bs", "\nbs") for s in shapes], fontsize=7)
         axis.set_ylabel("TFLOP/s, visible pairs")
         axis.set_title(which, loc="left")
         axis.grid(axis="y", alpha=0.3, zorder=0)
         axis.legend(fontsize=8, ncols=4)
+        axis.set_ylim(top=1.25 * max(row["tflops"] for row in chosen))
     figure.suptitle(f"{report['device']}, torch {report['versions'].get('torch')}", fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
