@@ -91,7 +91,7 @@ def measure(
             continue
         except Exception as error:
             # Any peer may fail in its own way, to compile included, on a shape it does not serve: a finding, no crash.
-            _skip(report, shape, "all", name, _describe(error))
+            _skip(report, shape, "all", name, describe(error))
             continue
         if max(errors[name].values()) > 1:
             _skip(report, shape, "all", name, f"failed the correctness gate: error / bound = {errors[name]}")
@@ -159,7 +159,7 @@ def _calls(
             calls[name] = as_graph(make)
             replayed.add(name)
         except Exception as error:  # as above: a peer may fail in its own way
-            reason = f"cannot be captured: {_describe(error)}"
+            reason = f"cannot be captured: {describe(error)}"
             if which == "decode" or name in OURS:
                 _skip(report, shape, which, name, reason)  # the launches of a short decode are not what is compared
             else:
@@ -205,8 +205,8 @@ def _skip(report: dict[str, Any], shape: Shape, which: str, name: str, reason: s
     report["skipped"].append(row)
 
 
-def _describe(error: Exception) -> str:
-    """Return one line: the type and the first line of the message that says something."""
+def describe(error: Exception) -> str:
+    """Return one line about a variant's failure: the type and the first line of the message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
 

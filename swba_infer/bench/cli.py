@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   swba-infer bench attention --shapes decode --peers sdpa-cudnn,sdpa-flash
   swba-infer bench stream --model freedoom --frames 2000 --out docs/benchmarks/stream.json
   swba-infer bench wan-vae --out docs/benchmarks/wan_vae.json
-  swba-infer bench wan-step --out docs/benchmarks/wan_step.json
+  swba-infer bench wan-step --official Self-Forcing --variants swba-compiled-graph,official --out wan_step.json
   swba-infer bench wan-stream --blocks 500 --save half.safetensors --out docs/benchmarks/wan_stream.json
 """
 

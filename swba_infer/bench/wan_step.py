@@ -1,7 +1,9 @@
 """Time Wan's transformer alone, one block of a stream whose window is full: denoising steps, then the commit pass.
 
 Random weights of the full sizes; no decoder and no sampler. Variants run in one process, in A B B A order where the
-memory of all of them fits, and only after their outputs were found to agree.
+memory of all of them fits, and only after their outputs were found to agree. With --official the code that
+Self-Forcing published runs beside ours: a checkout of it, of which only wan/modules is read; it needs diffusers and
+einops. Its attention function becomes torch's, since FlashAttention's package may be missing.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,10 +28,12 @@ from ..files import check_writable
 from ..models.wan_config import WanConfig
 from ..wan.sampler import RenoisingSampler
 from ..wan.synthetic import random_wan
+from .attention import describe
 from .clock import percentile, rulers
 from .peers import Unavailable
 from .report import header, write_json
 from .wan_block import OURS, BlockTime, Stepper, Work, fill, make_ours, pass_flops, time_blocks
+from .wan_official import LAST_FRAME, OFFICIAL, Official
 from .wan_stream import SIZES
 
 METHOD = (
@@ -36,10 +41,11 @@ METHOD = (
     "turns a variant, in A B B A order if interleaved, of which the first half does not count; medians over blocks, "
     "GPU clock, caches not flushed; floor = FLOPs / measured bf16 matmul rate, FLOPs of linear layers and of visible "
     "pairs; compile_s = the first step and the first commit pass; gpu_gib = what a variant reserves beyond the shared "
-    "weights; error = relative, against the first variant"
+    "weights; error = relative, against the first variant; official-*: Self-Forcing's modules with the same weights, "
+    "all in one dtype, attention by torch's scaled_dot_product_attention, compiled layer by layer in the default mode"
 )
-BOUNDS = {torch.bfloat16: 0.05, torch.float32: 1e-4}
-TURNS = 4
+BOUNDS = {torch.bfloat16: 0.03, torch.float32: 1e-4}
+TURNS, WARM_UP = 4, 2
 ROOM_GIB = 4.0  # beside its cache, for what a variant computes with
 
 Make = Callable[[], Stepper]
@@ -60,9 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sinks", type=int, default=0, help="latent frames of the sinks (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of a block (default: %(default)s)")
     parser.add_argument(
-        "--variants", default="all", help=f"comma-separated: {', '.join(OURS)}, ours, or all (default: %(default)s)"
+        "--variants",
+        default="all",
+        help=f"comma-separated: {', '.join((*OURS, *OFFICIAL))}, ours, official, or all (default: %(default)s)",
     )
-    parser.add_argument("--blocks", type=int, default=6, help="blocks in each of a variant's 4 turns (default: 6)")
+    parser.add_argument("--official", type=Path, metavar="DIR", help="a checkout of Self-Forcing, for its variants")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks in each of a variant's 4 turns (default: 4)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, help="JSON to write")
 
@@ -90,12 +99,18 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         tokens_per_frame=size.tokens_per_frame, frames_per_block=args.frames, window_frames=args.window,
         sink_frames=args.sinks,
     )  # fmt: skip
-    names = _wanted(args.variants)
+    names = _wanted(args.variants, args.official is not None)
     work = Work.draw(size, stream, RenoisingSampler.with_steps(args.steps), device, dtype)
-    model = random_wan(size, device=device, dtype=dtype)
-    makers: dict[str, Make] = {name: partial(make_ours, name, model, stream, work.text) for name in names}
-    groups = _groups(names, size, stream, device, dtype)
+    _check_table(names, len(work.history), args.blocks, args.frames)
     skipped: list[dict[str, Any]] = []
+    official = _open_official(args.official, names, skipped)
+    model = random_wan(size, device=device, dtype=dtype)
+    makers: dict[str, Make] = {}
+    for name in names:
+        make = make_ours if name in OURS else official.make if official else None
+        if make is not None:
+            makers[name] = partial(make, name, model, stream, work.text)
+    groups = _groups(list(makers), size, stream, device, dtype)
     found: list[tuple[dict[str, Any], list[BlockTime]]] = []
     exact: dict[str, Tensor] = {}
     for group in groups:
@@ -118,7 +133,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "floor_ms": floors,
         "rulers": ruler,
         "weights_gib": sum(x.nbytes for x in model.parameters()) / 2**30,
-        "results": [_result(row, times, floors, args.frames) for row, times in found],
+        "official_error": official.error if official else None,
+        "results": _with_ratios([_result(row, times, floors, args.frames) for row, times in found]),
         "skipped": skipped,
     }
 
@@ -144,13 +160,18 @@ def _gate(
     """Make variants and fill their windows; keep those whose outputs agree with `exact`, the first one's."""
     made = {}
     for name, make in makers.items():
-        before = _reserved(device, trim=True)
+        before, started = _reserved(device, trim=True), time.perf_counter()
         try:
             stepper = make()
             filled = fill(stepper, work, device)
         except Unavailable as error:
             skipped.append({"variant": name, "reason": str(error), "unavailable": True})
             continue
+        except Exception as error:
+            # A variant may fail in its own way, to compile or to fit included: a finding, and the others go on.
+            skipped.append({"variant": name, "reason": describe(error), "unavailable": False})
+            continue
+        print(f"{name}: made, filled and compiled in {time.perf_counter() - started:.0f} s", flush=True)
         if not exact:
             exact.update(filled.outputs)
         errors = {what: _error(out, exact[what]) for what, out in filled.outputs.items()}
@@ -158,7 +179,7 @@ def _gate(
             reason = f"failed the correctness gate: relative errors {errors}"
             skipped.append({"variant": name, "reason": reason, "unavailable": False})
             continue
-        time_blocks(stepper, work, 1, device)
+        time_blocks(stepper, work, WARM_UP, device)
         row = {"variant": name, "error": errors, "compile_s": filled.first_seconds}
         made[name] = Made(stepper, {**row, "gpu_gib": (_reserved(device, trim=False) - before) / 2**30})
     return made
@@ -193,14 +214,49 @@ def _groups(
     return [list(names)] if len(names) * (cache + ROOM_GIB * 2**30) < free else [[name] for name in names]
 
 
-def _wanted(option: str) -> list[str]:
-    """Return the variants that the option names, in the order of the table."""
-    if option in ("all", "ours"):
-        return list(OURS)
-    wanted = {part.strip() for part in option.split(",")}
-    if not wanted <= set(OURS):
-        raise ConfigError(f"variants: expected all, ours or some of {list(OURS)}, got {sorted(wanted - set(OURS))}")
-    return [name for name in OURS if name in wanted]
+def _wanted(option: str, official: bool) -> list[str]:
+    """Return the variants that the option names, ours first."""
+    sets = {"ours": set(OURS), "official": set(OFFICIAL), "all": {*OURS, *(OFFICIAL if official else ())}}
+    words = {part.strip() for part in option.split(",")}
+    wanted = set().union(*(sets.get(word, {word}) for word in words))
+    known = [*OURS, *OFFICIAL]
+    if not wanted <= set(known):
+        raise ConfigError(f"variants: expected {', '.join(sets)} or some of {known}, got {sorted(wanted - set(known))}")
+    if wanted & set(OFFICIAL) and not official:
+        raise ConfigError(f"official: expected a folder for the variants {sorted(wanted & set(OFFICIAL))}, got none")
+    return [name for name in known if name in wanted]
+
+
+def _check_table(names: Sequence[str], history: int, blocks: int, frames: int) -> None:
+    """Raise ConfigError if a stream of the official code would leave its table of rotary angles."""
+    most = (LAST_FRAME // frames - history - WARM_UP) // TURNS
+    if blocks > most and set(names) & set(OFFICIAL):
+        raise ConfigError(
+            f"blocks: expected at most {most} with an official variant, whose rotary table ends at frame {LAST_FRAME}, "
+            f"got {blocks}"
+        )
+
+
+def _open_official(folder: Path | None, names: Sequence[str], skipped: list[dict[str, Any]]) -> Official | None:
+    """Import the official code and check it, if a variant of it is wanted; note it where it cannot be imported."""
+    wanted = [name for name in names if name in OFFICIAL]
+    if folder is None or not wanted:
+        return None
+    try:
+        return Official(folder)
+    except Unavailable as error:
+        skipped += [{"variant": name, "reason": str(error), "unavailable": True} for name in wanted]
+        return None
+
+
+def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to the rows of ours the fastest official variant's time over their own; None without one."""
+    for part in ("denoise", "commit"):
+        best = min((row[f"{part}_ms"] for row in rows if row["variant"] in OFFICIAL), default=None)
+        for row in rows:
+            if row["variant"] in OURS:
+                row[f"{part}_best_official_over_this"] = best / row[f"{part}_ms"] if best else None
+    return rows
 
 
 def _reserved(device: torch.device, trim: bool) -> int:
@@ -217,12 +273,16 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
+def _ratio(value: float | None) -> str:
+    return f" x{value:.2f} of the best official" if value else ""
+
+
 def _table(report: Mapping[str, Any]) -> str:
     lines = []
     for row in report["results"]:
         parts = [
             f"{part} {row[f'{part}_ms']:.2f} ms [{row[f'{part}_p10']:.2f}, {row[f'{part}_p90']:.2f}] "
-            f"{row[f'{part}_fraction_of_floor']:.2f} of the floor"
+            f"{row[f'{part}_fraction_of_floor']:.2f} of the floor" + _ratio(row.get(f"{part}_best_official_over_this"))
             for part in ("denoise", "commit")
         ]
         lines.append(

@@ -110,7 +110,7 @@ def test_a_variant_that_disagrees_is_not_timed_and_fails_the_run(monkeypatch, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--variants", "fast"], r"variants: expected all, ours or some of .*'fast'"),
+        (["--variants", "fast"], r"variants: expected ours, official, all or some of .*'fast'"),
         (["--blocks", "1"], "blocks: expected at least 2, got 1"),
         (["--window", "1"], "window_frames: expected at least frames_per_block"),
         (["--steps", "0"], "steps: expected an int of 1"),
@@ -132,3 +132,14 @@ def test_variants_take_turns_in_alternating_order(monkeypatch):
     times = wan_step.interleave_blocks({"a": "A", "b": "B"}, None, 5, CPU)
     assert turns == list("ABBAABBA")
     assert [block.denoise for block in times["a"]] == 4 * [2, 3, 4]
+
+
+@pytest.mark.gpu
+def test_all_variants_of_ours_agree_on_a_gpu(tmp_path):
+    out = tmp_path / "step.json"
+    command = ["cuda" if word == "cpu" else word for word in COMMAND]
+    assert main([*command, "--sinks", "1", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert [row["variant"] for row in report["results"]] == list(wan_block.OURS)
+    assert report["skipped"] == []
+    assert report["interleaved"]
