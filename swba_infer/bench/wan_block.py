@@ -26,6 +26,7 @@ OURS = {
     "swba-eager-graph": (False, True),
     "swba-eager": (False, False),
 }
+PROBES = 2  # passes of `fill` beside those that commit
 
 
 class Stepper(Protocol):
@@ -84,13 +85,6 @@ class BlockTime(NamedTuple):
     commit: float
 
 
-class Filled(NamedTuple):
-    """What a stream predicted for its first block and on a full window, and the seconds of its first two passes."""
-
-    outputs: dict[str, Tensor]
-    first_seconds: float
-
-
 class EngineStream:
     """A model in the engine, on one lane.
 
@@ -125,17 +119,12 @@ def make_ours(name: str, model: WanTransformer, stream: StreamConfig, text: Tens
     return EngineStream(twin, stream, text, captured)
 
 
-def fill(stepper: Stepper, work: Work, device: torch.device) -> Filled:
-    """Commit the history of `work` to an empty stream; the next block then sees a full window."""
-    started = time.perf_counter()
+def fill(stepper: Stepper, work: Work) -> dict[str, Tensor]:
+    """Commit the history of `work` to an empty stream; return what it predicted before and on the full window."""
     outputs = {"first block": stepper.step(work.noisy[0], work.timesteps[0], commit=False).clone()}
-    for i, clean in enumerate(work.history):
+    for clean in work.history:
         stepper.step(clean, work.committed, commit=True)
-        if i == 0:
-            _wait(device)
-            seconds = time.perf_counter() - started
-    outputs["full window"] = stepper.step(work.noisy[-1], work.timesteps[-1], commit=False).clone()
-    return Filled(outputs, seconds)
+    return {**outputs, "full window": stepper.step(work.noisy[-1], work.timesteps[-1], commit=False).clone()}
 
 
 def time_blocks(stepper: Stepper, work: Work, blocks: int, device: torch.device) -> list[BlockTime]:

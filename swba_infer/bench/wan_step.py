@@ -28,11 +28,12 @@ from ..files import check_writable
 from ..models.wan_config import WanConfig
 from ..wan.sampler import RenoisingSampler
 from ..wan.synthetic import random_wan
+from ..wan.vae import FRAMES_PER_LATENT
 from .attention import describe
 from .clock import percentile, rulers
 from .peers import Unavailable
 from .report import header, write_json
-from .wan_block import OURS, BlockTime, Stepper, Work, fill, make_ours, pass_flops, time_blocks
+from .wan_block import OURS, PROBES, BlockTime, Stepper, Work, fill, make_ours, pass_flops, time_blocks
 from .wan_official import LAST_FRAME, OFFICIAL, Official
 from .wan_stream import SIZES
 
@@ -40,9 +41,10 @@ METHOD = (
     "random weights and latents, one lane; a block is its denoising steps and its commit pass on a full window; four "
     "turns a variant, in A B B A order if interleaved, of which the first half does not count; medians over blocks, "
     "GPU clock, caches not flushed; floor = FLOPs / measured bf16 matmul rate, FLOPs of linear layers and of visible "
-    "pairs; compile_s = the first step and the first commit pass; gpu_gib = what a variant reserves beyond the shared "
-    "weights; error = relative, against the first variant; official-*: Self-Forcing's modules with the same weights, "
-    "all in one dtype, attention by torch's scaled_dot_product_attention, compiled layer by layer in the default mode"
+    "pairs; warm_up_s = to fill the window and draw two blocks, compile_s = what that took beyond as many passes "
+    "later; gpu_gib = what a variant reserves beyond the shared weights; error = relative, against the first variant; "
+    "official-*: Self-Forcing's modules with the same weights, all in one dtype, attention by torch's "
+    "scaled_dot_product_attention, compiled layer by layer in the default mode"
 )
 BOUNDS = {torch.bfloat16: 0.03, torch.float32: 1e-4}
 TURNS, WARM_UP = 4, 2
@@ -134,7 +136,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "rulers": ruler,
         "weights_gib": sum(x.nbytes for x in model.parameters()) / 2**30,
         "official_error": official.error if official else None,
-        "results": _with_ratios([_result(row, times, floors, args.frames) for row, times in found]),
+        "results": _with_ratios([_result(row, times, floors, work) for row, times in found]),
         "skipped": skipped,
     }
 
@@ -160,10 +162,12 @@ def _gate(
     """Make variants and fill their windows; keep those whose outputs agree with `exact`, the first one's."""
     made = {}
     for name, make in makers.items():
-        before, started = _reserved(device, trim=True), time.perf_counter()
+        before = _reserved(device, trim=True)
         try:
             stepper = make()
-            filled = fill(stepper, work, device)
+            started = time.perf_counter()
+            outputs = fill(stepper, work)
+            time_blocks(stepper, work, WARM_UP, device)
         except Unavailable as error:
             skipped.append({"variant": name, "reason": str(error), "unavailable": True})
             continue
@@ -171,23 +175,24 @@ def _gate(
             # A variant may fail in its own way, to compile or to fit included: a finding, and the others go on.
             skipped.append({"variant": name, "reason": describe(error), "unavailable": False})
             continue
-        print(f"{name}: made, filled and compiled in {time.perf_counter() - started:.0f} s", flush=True)
+        row: dict[str, Any] = {"variant": name, "warm_up_s": time.perf_counter() - started}
+        print(f"{name}: window filled and warmed up in {row['warm_up_s']:.1f} s", flush=True)
         if not exact:
-            exact.update(filled.outputs)
-        errors = {what: _error(out, exact[what]) for what, out in filled.outputs.items()}
+            exact.update(outputs)
+        errors = {what: _error(out, exact[what]) for what, out in outputs.items()}
         if not all(error < BOUNDS[work.noisy.dtype] for error in errors.values()):
             reason = f"failed the correctness gate: relative errors {errors}"
             skipped.append({"variant": name, "reason": reason, "unavailable": False})
             continue
-        time_blocks(stepper, work, WARM_UP, device)
-        row = {"variant": name, "error": errors, "compile_s": filled.first_seconds}
-        made[name] = Made(stepper, {**row, "gpu_gib": (_reserved(device, trim=False) - before) / 2**30})
+        row |= {"error": errors, "gpu_gib": (_reserved(device, trim=False) - before) / 2**30}
+        made[name] = Made(stepper, row)
     return made
 
 
 def _result(
-    row: Mapping[str, Any], times: Sequence[BlockTime], floors: Mapping[str, float], frames: int
+    row: Mapping[str, Any], times: Sequence[BlockTime], floors: Mapping[str, float], work: Work
 ) -> dict[str, Any]:
+    """Return a variant's row with its times, in ms, and the seconds of the warm-up that a second one would not take."""
     result = dict(row)
     for part, floor in floors.items():
         ms = [getattr(block, part) for block in times]
@@ -196,8 +201,14 @@ def _result(
             f"{part}_ms": median, f"{part}_p10": percentile(ms, 0.1), f"{part}_p90": percentile(ms, 0.9),
             f"{part}_fraction_of_floor": floor / median,
         }  # fmt: skip
-    both = result["denoise_ms"] + result["commit_ms"]
-    return {**result, "samples": len(times), "frames_per_second": 4e3 * frames / both}
+    block_s = (result["denoise_ms"] + result["commit_ms"]) / 1e3
+    blocks = WARM_UP + (len(work.history) + PROBES) / (len(work.timesteps) + 1)
+    return {
+        **result,
+        "compile_s": max(0.0, result["warm_up_s"] - blocks * block_s),
+        "samples": len(times),
+        "frames_per_second": FRAMES_PER_LATENT * work.noisy.shape[3] / block_s,
+    }
 
 
 def _groups(

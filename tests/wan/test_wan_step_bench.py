@@ -34,7 +34,7 @@ def keep_signals():
 def filled() -> tuple[wan_block.EngineStream, wan_block.Work]:
     work = wan_block.Work.draw(TINY, STREAM, RenoisingSampler.with_steps(2), CPU, torch.float32)
     stepper = wan_block.make_ours("swba-eager", random_wan(TINY, device=CPU, dtype=torch.float32), STREAM, work.text)
-    wan_block.fill(stepper, work, CPU)
+    wan_block.fill(stepper, work)
     return stepper, work
 
 
@@ -52,6 +52,7 @@ def test_the_report_has_times_floors_and_what_was_skipped(tmp_path, capsys):
         assert row[f"{part}_fraction_of_floor"] == pytest.approx(floor / row[f"{part}_ms"])
     assert report["floor_ms"]["denoise"] == pytest.approx(2 * report["floor_ms"]["commit"])
     assert report["timesteps"][-1] == 0
+    assert 0 <= row["compile_s"] < row["warm_up_s"]
     (skipped,) = report["skipped"]
     assert skipped == {
         "variant": "swba-eager-graph",
