@@ -43,6 +43,9 @@ SMALL = [
 ]
 
 
+SINKS = [case for case in SMALL if case.pattern.sink]
+
+
 def qkv(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Draw q, k, v [B, H, N, D] as views of [B, N, H, D] tensors, as models make them."""
     generator = torch.Generator().manual_seed(seed)
@@ -52,6 +55,13 @@ def qkv(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> t
         return x.to(device, dtype).transpose(1, 2)
 
     return draw(case.heads), draw(case.kv_heads), draw(case.kv_heads)
+
+
+def second_query(q: Tensor, sink: int, seed: int = 0) -> Tensor | None:
+    """Draw a q_sink [B, H, N, D] for a pattern that has sinks, in a layout of its own."""
+    if sink == 0:
+        return None
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(seed + 99)).to(q.device, q.dtype)
 
 
 class RingCase(NamedTuple):
@@ -89,46 +99,66 @@ def ring_case(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0
     return RingCase(q, k, v, *rings, position, index)
 
 
-def check_forward(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu") -> None:
-    """Compare out and lse of the whole-sequence call with the reference."""
+def check_forward(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu", bounded: bool = False) -> None:
+    """Compare out and lse of the whole-sequence call with the reference; with a q_sink if `bounded`."""
     q, k, v = qkv(case, dtype, device)
-    out, lse = swba_kernels.block_window_attention(q, k, v, case.pattern, return_lse=True, impl=impl)
-    double = (x.double() for x in (q, k, v))
-    oracle, oracle_lse = reference.block_window_reference(*double, case.pattern, return_lse=True)
-    assert_close(out, oracle, reference.block_window_reference(q, k, v, case.pattern))
-    assert_lse_close(lse, oracle_lse)
+    q_sink = second_query(q, case.pattern.sink) if bounded else None
+    out, lse = swba_kernels.block_window_attention(q, k, v, case.pattern, q_sink=q_sink, return_lse=True, impl=impl)
+
+    def oracle(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        tensors = (x.to(kind) for x in (q, k, v))
+        second = None if q_sink is None else q_sink.to(kind)
+        return reference.block_window_reference(*tensors, case.pattern, q_sink=second, return_lse=True)
+
+    expected, expected_lse = oracle(torch.float64)
+    assert_close(out, expected, oracle(dtype)[0])
+    assert_lse_close(lse, expected_lse)
 
 
-def check_backward(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu") -> None:
-    """Compare dq, dk and dv with the gradients of the reference."""
+def check_backward(case: Case, dtype: torch.dtype, impl: str, device: str = "cpu", bounded: bool = False) -> None:
+    """Compare dq, dk and dv, and if `bounded` dq_sink, with the gradients of the reference."""
     inputs = qkv(case, dtype, device)
+    q_sink = second_query(inputs[0], case.pattern.sink) if bounded else None
+    if q_sink is not None:
+        inputs = (*inputs, q_sink)
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(9)).to(device, dtype)
 
     def gradients(function, tensors, seed):
         tensors = [x.detach().requires_grad_() for x in tensors]
-        return torch.autograd.grad(function(*tensors, case.pattern), tensors, seed)
+        q, k, v, *second = tensors
+        options = {"q_sink": second[0]} if second else {}
+        return torch.autograd.grad(function(q, k, v, case.pattern, **options), tensors, seed)
 
-    def fast(*args):
-        return swba_kernels.block_window_attention(*args, impl=impl)
+    def fast(*args, **options):
+        return swba_kernels.block_window_attention(*args, impl=impl, **options)
 
     actual = gradients(fast, inputs, dout)
     oracle = gradients(reference.block_window_reference, [x.double() for x in inputs], dout.double())
     eager = gradients(reference.block_window_reference, inputs, dout)
-    floors = (*cancellation(*inputs, dout, case.pattern, case.head_dim**-0.5), None)
-    for name, a, o, e, floor in zip(("dq", "dk", "dv"), actual, oracle, eager, floors, strict=True):
+    of_q, of_k, *of_q_sink = cancellation(*inputs[:3], dout, case.pattern, case.head_dim**-0.5, q_sink)
+    floors, names = (of_q, of_k, None, *of_q_sink), ("dq", "dk", "dv", "dq_sink")[: len(inputs)]
+    for name, a, o, e, floor in zip(names, actual, oracle, eager, floors, strict=True):
         assert_close(a, o, e, name, floor)
 
 
 def check_prefill(
-    case: Case, dtype: torch.dtype, impl: str, device: str = "cpu", seed: int = 0, spare: int = 0
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    device: str = "cpu",
+    seed: int = 0,
+    spare: int = 0,
+    bounded: bool = False,
 ) -> None:
     """Compare a prefill on top of histories, whose unwritten slots and neighbouring lanes are NaN."""
     rows = ring_case(case, dtype, device, seed, spare)
     *args, lanes = rows
+    q_sink = second_query(rows.q, case.pattern.sink, seed) if bounded else None
 
     def call(function, arguments, **options):
         q, k, v, k_ring, v_ring, position = arguments
-        return function(q, k, v, case.pattern, k_ring, v_ring, position, lanes=lanes, **options)
+        second = None if q_sink is None else q_sink.to(q.dtype)
+        return function(q, k, v, case.pattern, k_ring, v_ring, position, lanes=lanes, q_sink=second, **options)
 
     out, lse = call(swba_kernels.prefill_attention, args, return_lse=True, impl=impl)
     oracle, oracle_lse = call(reference.prefill_reference, rows.to(torch.float64)[:-1], return_lse=True)
@@ -150,14 +180,26 @@ def decode_case(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int =
     return rows.q, rows.k_ring, rows.v_ring, torch.tensor(valid, device=device), rows.lanes
 
 
-def check_decode(case: Case, dtype: torch.dtype, decode, device: str = "cpu", seed: int = 0) -> None:
-    """Compare `decode(q, k_ring, v_ring, valid, lanes) -> (out, lse)` with the reference."""
+def check_decode(
+    case: Case, dtype: torch.dtype, decode, device: str = "cpu", seed: int = 0, bounded: bool = False
+) -> None:
+    """Compare `decode(q, k_ring, v_ring, valid, lanes) -> (out, lse)` with the reference.
+
+    If `bounded`, `decode` also gets the keywords q_sink and sink.
+    """
     q, k_ring, v_ring, valid, lanes = decode_case(case, dtype, device, seed)
-    out, lse = decode(q, k_ring, v_ring, valid, lanes)
-    double = (x.double() for x in (q, k_ring, v_ring))
-    oracle, oracle_lse = reference.decode_reference(*double, valid, lanes=lanes, return_lse=True)
-    assert_close(out, oracle, reference.decode_reference(q, k_ring, v_ring, valid, lanes=lanes))
-    assert_lse_close(lse, oracle_lse)
+    q_sink = second_query(q, case.pattern.sink, seed) if bounded else None
+    options = {} if q_sink is None else {"q_sink": q_sink, "sink": case.pattern.sink}
+    out, lse = decode(q, k_ring, v_ring, valid, lanes, **options)
+
+    def oracle(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        tensors = (x.to(kind) for x in (q, k_ring, v_ring))
+        second = {} if q_sink is None else options | {"q_sink": q_sink.to(kind)}
+        return reference.decode_reference(*tensors, valid, lanes=lanes, return_lse=True, **second)
+
+    expected, expected_lse = oracle(torch.float64)
+    assert_close(out, expected, oracle(dtype)[0])
+    assert_lse_close(lse, expected_lse)
 
 
 def check_ring_write(case: Case, dtype: torch.dtype, write, device: str = "cpu", seed: int = 0) -> None:

@@ -22,9 +22,11 @@ def rms(x: Tensor) -> float:
 
 
 def cancellation(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: BlockWindow, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: BlockWindow, scale: float, q_sink: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Return the error of each number of dq [B, H, N, D] and dk [B, Hkv, N, D] that summing in float32 has to cost.
+
+    With q_sink that of dq_sink [B, H, N, D] comes third.
 
     dS = P (dP - delta), where dP = dO V^T and delta = dO . O are sums of D products. Where a query sees one key, or
     weighs one alone, O is its V, and what is left of dP - delta = 0 is the rounding of two sums in different orders;
@@ -38,14 +40,20 @@ def cancellation(
     q, k, v, dout = (x.detach().double() for x in (q, k, v, dout))
     group = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    scores = (q @ keys.mT * scale).masked_fill(~pattern.mask(q.shape[2], q.device), float("-inf"))
+    sinks = pattern.sink if q_sink is not None else 0
+    second = q if q_sink is None else q_sink.detach().double()
+    scores = torch.cat([second @ keys[:, :, :sinks].mT, q @ keys[:, :, sinks:].mT], dim=-1) * scale
+    scores = scores.masked_fill(~pattern.mask(q.shape[2], q.device), float("-inf"))
     p = torch.softmax(scores, dim=-1)
     of_dout, of_v, of_out = (x.square().sum(-1) for x in (dout, values, p @ values))
     variance = p.square() * of_dout[..., None] * (of_v[..., None, :] + of_out[..., None])
-    dq = (variance @ keys.square()).sqrt()
-    dk = (variance.mT @ q.square()).unflatten(1, (k.shape[1], group)).sum(2).sqrt()
+    of_sinks, of_window = variance[..., :sinks], variance[..., sinks:]
+    dq = (of_window @ keys[:, :, sinks:].square()).sqrt()
+    dq_sink = (of_sinks @ keys[:, :, :sinks].square()).sqrt()
+    dk = torch.cat([of_sinks.mT @ second.square(), of_window.mT @ q.square()], dim=2)
+    dk = dk.unflatten(1, (k.shape[1], group)).sum(2).sqrt()
     unit = abs(scale) * torch.finfo(torch.float32).eps / 2
-    return unit * dq, unit * dk
+    return (unit * dq, unit * dk) if q_sink is None else (unit * dq, unit * dk, unit * dq_sink)
 
 
 def assert_close(actual: Tensor, oracle: Tensor, eager: Tensor, what: str = "out", floor: Tensor | None = None) -> None:

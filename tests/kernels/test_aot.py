@@ -41,6 +41,13 @@ def table() -> list[tuple[int, Case, int]]:
     rows += [(89, tiled(kernel, d, "bf16", 89), 256) for kernel in ("forward", "dkv", "dq") for d in (64, 128)]
     rows += [(90, tiled(kernel, d, "fp32", 90), 512) for kernel in ("forward", "dkv", "dq") for d in (64, 128, 256)]
     rows += [(90, tiled(kernel, 80, "fp16", 90, group=4), 400) for kernel in ("forward", "dkv", "dq")]
+    for arch in ARCHITECTURES:
+        rows += [(arch, tiled("forward", d, "bf16", arch, q_sink=True), 64) for d in (64, 128)]
+        rows += [(arch, tiled("forward", d, "bf16", arch, ring=True, q_sink=True), 320) for d in (64, 128)]
+        rows += [(arch, tiled("dkv", d, "bf16", arch, q_sink=True), 256) for d in (64, 128)]
+        rows += [(arch, tiled("dq", d, "bf16", arch, q_sink=True), 8) for d in (64, 128)]
+    rows += [(86, tiled(kernel, 256, "bf16", 86, q_sink=True), 256) for kernel in ("forward", "dkv", "dq")]
+    rows += [(90, tiled(kernel, 128, "fp32", 90, q_sink=True), 512) for kernel in ("forward", "dkv", "dq")]
     return rows
 
 
@@ -51,7 +58,10 @@ def test_kernel_compiles_within_its_limits(arch: int, case: Case, spills: int) -
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("q_sink", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kernel", ["forward", "dkv", "dq"])
-def test_hopper_kernels_use_its_matmul_instruction_and_asynchronous_copies(kernel: str, head_dim: int) -> None:
-    check_hopper_instructions(tiled(kernel, head_dim, "bf16", 90))
+def test_hopper_kernels_use_its_matmul_instruction_and_asynchronous_copies(
+    kernel: str, head_dim: int, q_sink: bool
+) -> None:
+    check_hopper_instructions(tiled(kernel, head_dim, "bf16", 90, q_sink=q_sink))

@@ -34,14 +34,16 @@ def case_of(name: str, kernel, dtype: str, constants: dict[str, object], warps: 
     return Case(name, kernel, types, constants, warps, stages, divisible=strides)
 
 
-def decode_case(arch: int, head_dim: int, dtype: str, rows: int, split: bool = True) -> Case:
+def decode_case(arch: int, head_dim: int, dtype: str, rows: int, split: bool = True, q_sink: bool = False) -> Case:
     block_d = padded_head_dim(head_dim)
     tile = decode.decode_tile(rows, block_d, 4 if dtype == "fp32" else 2, SHARED_LIMIT[arch])
     constants = {
         "D": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT": split,
-        "TAIL_STAGES": 2, "HAS_LANES": split, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "TAIL_STAGES": 2, "HAS_LANES": split, "HAS_Q_SINK": q_sink, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }  # fmt: skip
-    name = f"decode D{head_dim} {dtype} {tuple(tile)} split={split}"
+    if not q_sink:
+        constants |= dict.fromkeys(("p_q_sink", "sink", "sink_splits", "stride_sb", "stride_sh", "stride_sn"))
+    name = f"decode D{head_dim} {dtype} {tuple(tile)} split={split} q_sink={q_sink}"
     return case_of(name, decode._decode_kernel, dtype, constants, tile.warps, tile.stages)
 
 
@@ -50,6 +52,7 @@ def table() -> list[tuple[int, Case, int]]:
     small = {"D": 64, "BLOCK_D": 64}
     rows = [(90, decode_case(90, d, "bf16", n), 128) for d in (64, 128) for n in (16, 9999)]
     rows += [(90, decode_case(90, 64, "bf16", 9999, split=False), 128)]
+    rows += [(arch, decode_case(arch, d, "bf16", 9999, q_sink=True), 128) for arch in (80, 90, 100) for d in (64, 128)]
     rows += [(90, decode_case(90, 256, "fp16", 9999), 192), (90, decode_case(90, 128, "fp32", 9999), 128)]
     rows += [(90, decode_case(90, 40, "bf16", 10, split=False), 0)]
     rows += [(arch, decode_case(arch, d, "bf16", 9999), 256) for arch in (80, 86, 100) for d in (64, 128, 256)]
@@ -69,6 +72,7 @@ def test_kernel_compiles_within_its_limits(arch: int, case: Case, spills: int) -
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("q_sink", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_decode_on_hopper_uses_its_matmul_instruction_and_asynchronous_copies(head_dim: int) -> None:
-    check_hopper_instructions(decode_case(90, head_dim, "bf16", 9999))
+def test_decode_on_hopper_uses_its_matmul_instruction_and_asynchronous_copies(head_dim: int, q_sink: bool) -> None:
+    check_hopper_instructions(decode_case(90, head_dim, "bf16", 9999, q_sink=q_sink))

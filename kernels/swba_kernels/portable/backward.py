@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .forward import LOG2E, dense_rows, stride_unit, strides
-from .ranges import block_end, key_phases, last_query, masked_key_tile, tile_rows
+from .ranges import block_end, cut_at_sink, key_phases, last_query, masked_key_tile, tile_rows
 from .tiles import Tile, padded_head_dim, plan_tiles, tile_for
 
 
@@ -69,29 +69,38 @@ def _fold_queries(q, grad, lse2, delta, k, v, dk, dv, visible, scale2, MASKED: t
 
 @triton.jit(
     do_not_specialize=[
+        "s_sb", "s_sh", "s_sn",
         "s_qb", "s_qh", "s_qn", "s_gb", "s_gh", "s_gn", "s_kb", "s_kh", "s_kn", "s_vb", "s_vh", "s_vn",
         "s_dkb", "s_dkh", "s_dkn", "s_dvb", "s_dvh", "s_dvn",
         "kv_heads", "n", "block_size", "window", "sink", "grid_start", "group", "per_group", "tiles",
     ]
 )  # fmt: skip
 def _dkv(
-    p_q, p_grad, p_k, p_v, p_terms, p_dk, p_dv,
-    s_qb, s_qh, s_qn, s_gb, s_gh, s_gn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
+    p_q, p_q_sink, p_grad, p_k, p_v, p_terms, p_dk, p_dv,
+    s_qb, s_qh, s_qn, s_sb, s_sh, s_sn, s_gb, s_gh, s_gn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
     s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn,
     scale, scale2, kv_heads, n, block_size, window, sink, grid_start, group, per_group, tiles,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, HAS_Q_SINK: tl.constexpr,
 ):  # fmt: skip
     """Own one key tile of one kv head: for each of its query heads, walk the queries that see the tile.
 
     Queries which all keys of the tile share need no element mask. Early tiles, the sinks among them, are seen by most
-    queries and go first.
+    queries and go first. With q_sink no tile holds sinks and other keys, so each reads one of the two queries.
     """
     pid = tl.program_id(0)
     i_bh = pid // tiles
     i_b = (i_bh // kv_heads).to(tl.int64)
     i_h = (i_bh % kv_heads).to(tl.int64)
-    first, last = tile_rows(pid % tiles, n, group, per_group, grid_start, BLOCK_N)
+    if HAS_Q_SINK:
+        first, last = cut_at_sink(pid % tiles, tiles - 1, n, sink, group, per_group, grid_start, BLOCK_N)
+        of_sinks = first < sink
+        p_q = tl.where(of_sinks, p_q_sink, p_q)
+        s_qb = tl.where(of_sinks, s_sb, s_qb)
+        s_qh = tl.where(of_sinks, s_sh, s_qh)
+        s_qn = tl.where(of_sinks, s_sn, s_qn)
+    else:
+        first, last = tile_rows(pid % tiles, n, group, per_group, grid_start, BLOCK_N)
     if first >= last:
         return
     keys = first + tl.arange(0, BLOCK_N)
@@ -165,20 +174,44 @@ def _fold_keys(q, grad, lse2, delta, k, v, dq, visible, scale2, MASKED: tl.const
 
 @triton.jit(
     do_not_specialize=[
+        "s_sb", "s_sh", "s_sn", "s_dsb", "s_dsh", "s_dsn",
         "s_qb", "s_qh", "s_qn", "s_gb", "s_gh", "s_gn", "s_kb", "s_kh", "s_kn", "s_vb", "s_vh", "s_vn",
         "s_dqb", "s_dqh", "s_dqn",
         "heads", "n", "block_size", "window", "sink", "grid_start", "group", "per_group", "tiles",
     ]
 )  # fmt: skip
 def _dq(
-    p_q, p_grad, p_k, p_v, p_terms, p_dq,
-    s_qb, s_qh, s_qn, s_gb, s_gh, s_gn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_dqb, s_dqh, s_dqn,
+    p_q, p_q_sink, p_grad, p_k, p_v, p_terms, p_dq, p_dq_sink,
+    s_qb, s_qh, s_qn, s_sb, s_sh, s_sn, s_gb, s_gh, s_gn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
+    s_dqb, s_dqh, s_dqn, s_dsb, s_dsh, s_dsn,
     scale, scale2, heads, n, block_size, window, sink, grid_start, group, per_group, tiles,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, HAS_Q_SINK: tl.constexpr,
 ):  # fmt: skip
-    """Own one query tile of one head: full key tiles (no mask), then the edges (masked), as in the forward kernel."""
+    """Own one query tile of one head: full key tiles (no mask), then the edges (masked), as in the forward kernel.
+
+    With q_sink there are twice as many programs: the second half owns rows of dq_sink, whose keys are the sinks. Their
+    blocks end at `sink` at the latest and have no window.
+    """
     pid = tl.program_id(0)
+    low = 0
+    limit = n
+    if HAS_Q_SINK:
+        half = tl.num_programs(0) // 2
+        of_sinks = pid >= half
+        pid = tl.where(of_sinks, pid - half, pid)
+        p_q = tl.where(of_sinks, p_q_sink, p_q)
+        s_qb = tl.where(of_sinks, s_sb, s_qb)
+        s_qh = tl.where(of_sinks, s_sh, s_qh)
+        s_qn = tl.where(of_sinks, s_sn, s_qn)
+        p_dq = tl.where(of_sinks, p_dq_sink, p_dq)
+        s_dqb = tl.where(of_sinks, s_dsb, s_dqb)
+        s_dqh = tl.where(of_sinks, s_dsh, s_dqh)
+        s_dqn = tl.where(of_sinks, s_dsn, s_dqn)
+        limit = tl.where(of_sinks, tl.minimum(sink, n), n)
+        window = tl.where(of_sinks, n, window)
+        low = tl.where(of_sinks, 0, sink)
+        sink = 0
     i_bh = pid // tiles
     i_b = (i_bh // heads).to(tl.int64)
     i_h = (i_bh % heads).to(tl.int64)
@@ -205,8 +238,11 @@ def _dq(
     at_v = columns[:, None] * s_vn + d[None, :]
     end_first = block_end(first, n, block_size, grid_start)
     end_last = block_end(last - 1, n, block_size, grid_start)
+    if HAS_Q_SINK:
+        end_first = tl.minimum(end_first, limit)
+        end_last = tl.minimum(end_last, limit)
     sink_stop, sink_full, sink_tail, left_start, left_tiles, mid_start, mid_tiles, right_start, right_tiles = (
-        key_phases(end_first, end_last, window, sink, BLOCK_N)
+        key_phases(end_first, end_last, window, sink, BLOCK_N, low)
     )
     for j in tl.range(0, sink_full + mid_tiles, num_stages=STAGES):
         start = tl.where(j < sink_full, j * BLOCK_N, mid_start + (j - sink_full) * BLOCK_N).to(tl.int64)
@@ -218,6 +254,8 @@ def _dq(
             v = tl.load(p_v + start * s_vn + at_v, mask=in_d[None, :], other=0.0)
         dq = _fold_keys(q, grad, lse2, delta, k, v, dq, True, scale2, False)
     row_end = block_end(rows, n, block_size, grid_start)
+    if HAS_Q_SINK:
+        row_end = tl.minimum(row_end, limit)
     for j in tl.range(0, sink_tail + left_tiles + right_tiles, num_stages=1):
         start, stop = masked_key_tile(
             j, end_last, sink_stop, sink_full, sink_tail, left_start, left_tiles, right_start, BLOCK_N
@@ -251,20 +289,18 @@ def backward(
     tile_dkv: Tile | None = None,
     tile_dq: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (dq, dk, dv) of the forward call that gave `out` and `lse`, bit for bit the same every time.
+    """Return (dq, dk, dv, dq_sink) of the forward call that gave `out` and `lse`, bit for bit the same every time.
 
     Args:
-        dout, q, out: [B, H, N, D].
+        dout, q, out, q_sink: [B, H, N, D].
         k, v: [B, Hkv, N, D].
         lse: natural log-sum-exp, float32 [B, H, N].
         scale, block_size, window, sink, grid_start: as in the forward call.
         tile_dkv, tile_dq: replace the table's choices.
 
     Returns:
-        Gradients with the dtypes and layouts of q, k and v.
+        Gradients with the dtypes and layouts of q, k, v and q_sink; None for the last without q_sink.
     """
-    if q_sink is not None:
-        raise ValueError("q_sink: expected None, the portable kernels do not take it yet")
     dout, q, k, v, out, lse = (
         dense_rows(dout),
         dense_rows(q),
@@ -275,12 +311,14 @@ def backward(
     )
     batch, heads, n, head_dim = q.shape
     kv_heads = k.shape[1]
+    q_sink = None if q_sink is None else dense_rows(q_sink)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq_sink = None if q_sink is None else torch.empty_like(q_sink)
     if q.numel() == 0:
-        return dq, dk.zero_(), dv.zero_(), None
+        return dq, dk.zero_(), dv.zero_(), dq_sink
     tile_dkv = tile_dkv or tile_for("dkv", q)
     tile_dq = tile_dq or tile_for("dq", q)
-    unit = stride_unit(dout, q, k, v, out, dq, dk, dv)
+    unit = stride_unit(dout, q, q_sink, k, v, out, dq, dq_sink, dk, dv)
     block_d = padded_head_dim(head_dim)
     terms = torch.empty(*lse.shape, 4, dtype=torch.float32, device=q.device)
     row_tiles = triton.cdiv(n, 32)
@@ -288,20 +326,22 @@ def backward(
         out, dout, lse, terms, *strides(out, unit), *strides(dout, unit), heads, n, row_tiles,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=32, UNIT=unit, num_warps=4,
     )  # fmt: skip
-    inputs = (q, dout, k, v, terms)
-    input_strides = (*strides(q, unit), *strides(dout, unit), *strides(k, unit), *strides(v, unit))
+    inputs = (q, q_sink, dout, k, v, terms)
+    input_strides = tuple(s for x in inputs[:5] for s in strides(x, unit))
     pattern = (n, block_size, window, sink, grid_start)
     constants = {"GROUP": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "UNIT": unit}
+    constants["HAS_Q_SINK"] = q_sink is not None
     plan = plan_tiles(n, block_size, window, grid_start, tile_dkv.block_n)
-    _dkv[(plan.tiles * batch * kv_heads,)](
+    tiles = plan.tiles + (q_sink is not None)
+    _dkv[(tiles * batch * kv_heads,)](
         *inputs, dk, dv, *input_strides, *strides(dk, unit), *strides(dv, unit),
-        scale, scale * LOG2E, kv_heads, *pattern, plan.group, plan.per_group, plan.tiles, **constants,
+        scale, scale * LOG2E, kv_heads, *pattern, plan.group, plan.per_group, tiles, **constants,
         BLOCK_M=tile_dkv.block_m, BLOCK_N=tile_dkv.block_n, STAGES=tile_dkv.stages, num_warps=tile_dkv.warps,
     )  # fmt: skip
     plan = plan_tiles(n, block_size, window, grid_start, tile_dq.block_m)
-    _dq[(plan.tiles * batch * heads,)](
-        *inputs, dq, *input_strides, *strides(dq, unit),
+    _dq[(plan.tiles * batch * heads * (1 if q_sink is None else 2),)](
+        *inputs, dq, dq_sink, *input_strides, *strides(dq, unit), *strides(dq_sink, unit),
         scale, scale * LOG2E, heads, *pattern, plan.group, plan.per_group, plan.tiles, **constants,
         BLOCK_M=tile_dq.block_m, BLOCK_N=tile_dq.block_n, STAGES=tile_dq.stages, num_warps=tile_dq.warps,
     )  # fmt: skip
-    return dq, dk, dv, None
+    return dq, dk, dv, dq_sink

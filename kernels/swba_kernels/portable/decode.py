@@ -7,13 +7,13 @@ R = G * N query rows of one key/value head.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .decode_plan import DecodeTile, decode_splits, decode_tile, shared_bytes
 from .forward import LOG2E, dense_rows
 from .tiles import padded_head_dim
 
@@ -31,9 +31,10 @@ def _accumulate(q, k, v, m, l, acc, scale, keep, MASKED: tl.constexpr, PRECISION
     return m_new, l_new, acc
 
 
-@triton.jit(do_not_specialize=["batch", "group", "n", "capacity", "tiles", "splits"])
+@triton.jit(do_not_specialize=["batch", "group", "n", "capacity", "tiles", "splits", "sink", "sink_splits"])
 def _decode_kernel(
     p_q,
+    p_q_sink,
     p_k,
     p_v,
     p_out,
@@ -50,9 +51,14 @@ def _decode_kernel(
     capacity,
     tiles,
     splits,
+    sink,
+    sink_splits,
     stride_qb,
     stride_qh,
     stride_qn,
+    stride_sb,
+    stride_sh,
+    stride_sn,
     stride_kb,
     stride_kh,
     stride_kn,
@@ -71,6 +77,7 @@ def _decode_kernel(
     SPLIT: tl.constexpr,
     TAIL_STAGES: tl.constexpr,
     HAS_LANES: tl.constexpr,
+    HAS_Q_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Own BLOCK_M query rows of one (row, key/value head, split); loop over the split's key tiles.
@@ -78,6 +85,7 @@ def _decode_kernel(
     The G query heads of a key/value head see the same keys, so their rows are packed into the same tiles.
     A lane is cut into equal runs of whole key tiles from its own valid length alone. Only the last tile is masked;
     it is a loop of at most one turn, so that it loads through shared memory and needs no more registers.
+    With q_sink the first `sink_splits` runs cut the sinks and the others what follows: no run meets both queries.
     """
     pid = tl.program_id(0)
     i_tile = pid % tiles
@@ -92,9 +100,23 @@ def _decode_kernel(
         lane = tl.load(p_lanes + i_b.to(tl.int64) * stride_lanes)
     else:
         lane = i_b.to(tl.int64)
-    chunk = tl.cdiv(tl.cdiv(valid, splits), BLOCK_N) * BLOCK_N
-    lo = i_split * chunk
-    hi = tl.minimum(lo + chunk, valid)
+    if HAS_Q_SINK:
+        of_sinks = i_split < sink_splits
+        p_q = tl.where(of_sinks, p_q_sink, p_q)
+        stride_qb = tl.where(of_sinks, stride_sb, stride_qb)
+        stride_qh = tl.where(of_sinks, stride_sh, stride_qh)
+        stride_qn = tl.where(of_sinks, stride_sn, stride_qn)
+        cut = tl.minimum(sink, valid)
+        start = tl.where(of_sinks, 0, cut)
+        stop = tl.where(of_sinks, cut, valid)
+        runs = tl.where(of_sinks, sink_splits, splits - sink_splits)
+        chunk = tl.cdiv(tl.cdiv(stop - start, runs), BLOCK_N) * BLOCK_N
+        lo = start + tl.where(of_sinks, i_split, i_split - sink_splits) * chunk
+        hi = tl.minimum(lo + chunk, stop)
+    else:
+        chunk = tl.cdiv(tl.cdiv(valid, splits), BLOCK_N) * BLOCK_N
+        lo = i_split * chunk
+        hi = tl.minimum(lo + chunk, valid)
 
     rows = group * n
     i_r = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -206,70 +228,6 @@ def _combine_kernel(
     tl.store(p_out + o_row[:, None] + i_d[None, :], (acc / l[:, None]).to(p_out.dtype.element_ty), mask=keep)
 
 
-class DecodeTile(NamedTuple):
-    """Tile of the decode kernel: query rows, keys, warps, pipeline stages."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-
-
-def decode_tile(rows: int, block_d: int, itemsize: int, shared_memory: int) -> DecodeTile:
-    """Choose the tile for `rows` query rows per key/value head that fits into `shared_memory` bytes of a block.
-
-    Measured on an H200 (bf16, head dims 64 and 128, 48 to 4680 rows): 64 rows and four warps, twice on a
-    multiprocessor, with as many keys as that leaves room for. The other tiles were not compared.
-    """
-    if itemsize == 4:
-        tile = DecodeTile(32, 32, 4, 2) if block_d <= 64 else DecodeTile(32, 32, 8, 2)
-        tile = tile if block_d <= 128 else DecodeTile(16, 16, 8, 2)
-    elif block_d <= 128:
-        tile = DecodeTile(64, 128, 4, 3)
-        if 2 * _shared_bytes(tile, block_d, itemsize) > shared_memory:
-            tile = DecodeTile(64, 64, 4, 3)
-    else:
-        tile = DecodeTile(64, 32, 8, 2)
-    if rows <= 32:
-        tile = tile._replace(block_m=min(tile.block_m, 16 if rows <= 16 else 32), block_n=min(tile.block_n, 64))
-    while _shared_bytes(tile, block_d, itemsize) > shared_memory and (tile.stages > 2 or tile.block_n > 16):
-        tile = tile._replace(stages=tile.stages - 1) if tile.stages > 2 else tile._replace(block_n=tile.block_n // 2)
-    return tile
-
-
-# Of the model below, in the time of one key tile (1.1 to 1.4 us) of the programs that share a multiprocessor; fitted
-# to eight shapes on an H200 (bf16, one lane and eight, rings of 768 to 32760 slots), where the choices are within 3%
-# of the best number of splits that was measured; 2 MB a tile is a write and a read of the partial results at 3.5 TB/s.
-_LONE = 0.7  # a wave whose programs have a multiprocessor to themselves
-_WAVE = 2.0  # begin and end of a program
-_MERGE = 1.0  # the merge's launch
-_MERGE_SPLIT = 0.4  # latency of one more split in the merge
-_MERGE_BYTES = 2e6  # bytes of partial results
-
-
-def decode_splits(programs: int, key_tiles: int, multiprocessors: int, resident: int, partial_bytes: int) -> int:
-    """Choose into how many runs the keys are cut, from capacities only.
-
-    Args:
-        programs: query tiles times key/value heads times ring lanes.
-        key_tiles: key tiles of a full ring.
-        multiprocessors: of the GPU.
-        resident: programs that a multiprocessor runs at once.
-        partial_bytes: float32 results of one split, for all ring lanes.
-
-    The model counts time in key tiles: the waves of the busiest multiprocessor, each as long as a run of keys, and
-    the merge.
-    """
-
-    def cost(splits: int) -> float:
-        busiest = -(-programs * splits // multiprocessors)
-        waves = busiest // resident + (_LONE if busiest % resident else 0.0)
-        merge = _MERGE + splits * (_MERGE_SPLIT + partial_bytes / _MERGE_BYTES) if splits > 1 else 0.0
-        return waves * (-(-key_tiles // splits) + _WAVE) + merge
-
-    return min(range(1, max(1, min(key_tiles // 2, 64)) + 1), key=cost)
-
-
 def decode(
     q: Tensor,
     k_ring: Tensor,
@@ -291,16 +249,17 @@ def decode(
         valid: [B] int64, from 1 to S.
         lanes: [B] int64, or None where row b reads lane b.
         scale: factor on the scores.
-        tile, splits: overrides for tuning.
+        q_sink: [B, H, N, D], takes the place of q in the scores of the first `sink` slots.
+        sink: slots that q_sink reads.
+        tile, splits: overrides for tuning; with q_sink `splits` runs cut the window, and others the sinks.
 
     Returns:
         out [B, H, N, D] with the layout of q and the natural log-sum-exp [B, H, N] in float32.
     """
-    if q_sink is not None:
-        raise ValueError("q_sink: expected None, the portable kernels do not take it yet")
     batch, heads, n, d = q.shape
     kv_heads, capacity = k_ring.shape[1], k_ring.shape[2]
     q, k_ring, v_ring = dense_rows(q), dense_rows(k_ring), dense_rows(v_ring)
+    q_sink = None if q_sink is None else dense_rows(q_sink)
     group = heads // kv_heads
     block_d = padded_head_dim(d)
     sms, shared_memory = _gpu(q.device)
@@ -309,10 +268,12 @@ def decode(
     tiles = triton.cdiv(group * n, tile.block_m)
     if splits is None:
         key_tiles = triton.cdiv(capacity, tile.block_n)
-        resident = max(1, min(shared_memory // _shared_bytes(tile, block_d, q.element_size()), 8 // tile.warps))
+        resident = max(1, min(shared_memory // shared_bytes(tile, block_d, q.element_size()), 8 // tile.warps))
         lanes_held = k_ring.shape[0]
         partial_bytes = lanes_held * heads * n * d * 4
         splits = decode_splits(tiles * kv_heads * lanes_held, key_tiles, sms, resident, partial_bytes)
+    sink_splits = None if q_sink is None else -(-sink * splits // max(capacity - sink, sink))
+    splits += sink_splits or 0
 
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, n), dtype=torch.float32, device=q.device)
@@ -322,6 +283,7 @@ def decode(
         part_lse = torch.empty((splits, batch, heads, n), dtype=torch.float32, device=q.device)
     _decode_kernel[(tiles * splits * kv_heads * batch,)](
         q,
+        q_sink,
         k_ring,
         v_ring,
         out,
@@ -338,7 +300,10 @@ def decode(
         capacity,
         tiles,
         splits,
+        None if q_sink is None else sink,
+        sink_splits,
         *q.stride()[:3],
+        *((None,) * 3 if q_sink is None else q_sink.stride()[:3]),
         *k_ring.stride()[:3],
         *v_ring.stride()[:3],
         *out.stride()[:3],
@@ -351,6 +316,7 @@ def decode(
         SPLIT=splits > 1,
         TAIL_STAGES=2,
         HAS_LANES=lanes is not None,
+        HAS_Q_SINK=q_sink is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -374,10 +340,6 @@ def decode(
             num_warps=4,
         )
     return out, lse
-
-
-def _shared_bytes(tile: DecodeTile, block_d: int, itemsize: int) -> int:
-    return (tile.block_m + 2 * tile.stages * tile.block_n) * block_d * itemsize
 
 
 @lru_cache

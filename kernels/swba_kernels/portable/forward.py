@@ -45,24 +45,55 @@ def _attend(q, k, v, acc, top, total, visible, scale2, MASKED: tl.constexpr):
     return acc, new_top, total
 
 
+@triton.jit
+def _attend_ring(
+    q, acc, top, total, p_k, p_v, s_kn, s_vn, first_tile, last_tile, sink_tiles, ring_sinks, oldest, position, row_end,
+    scale2, window, sink, ring_window, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Fold key tiles [first_tile, last_tile) of a ring: first its sinks, then its window from token `oldest` on."""
+    columns = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < HEAD_DIM
+    for j in tl.range(first_tile, last_tile, num_stages=STAGES):
+        in_sinks = j < sink_tiles
+        start = tl.where(in_sinks, j * BLOCK_N, oldest + (j - sink_tiles) * BLOCK_N)
+        count = tl.where(in_sinks, ring_sinks, position) - start
+        past_sink = start - sink
+        base = tl.where(past_sink < 0, past_sink, past_sink % ring_window).to(tl.int32) + columns
+        slot = tl.where(base < 0, base + sink, sink + base % ring_window).to(tl.int64)
+        in_ring = columns < count
+        mask = in_ring[:, None] & in_d[None, :]
+        k = tl.load(p_k + slot[:, None] * s_kn + d[None, :], mask=mask, other=0.0)
+        v = tl.load(p_v + slot[:, None] * s_vn + d[None, :], mask=mask, other=0.0)
+        age = tl.minimum(position - start, 1 << 30).to(tl.int32) - columns
+        visible = in_ring[None, :] & ((age[None, :] <= window - row_end[:, None]) | (base < 0)[None, :])
+        acc, top, total = _attend(q, k, v, acc, top, total, visible, scale2, True)
+    return acc, top, total
+
+
 @triton.jit(
     do_not_specialize=[
+        "s_sb", "s_sh", "s_sn",
         "s_qb", "s_qh", "s_qn", "s_kb", "s_kh", "s_kn", "s_vb", "s_vh", "s_vn", "s_ob", "s_oh", "s_on",
         "s_rkl", "s_rkh", "s_rkn", "s_rvl", "s_rvh", "s_rvn",
         "heads", "n", "block_size", "window", "sink", "grid_start", "group", "per_group", "tiles", "ring_window",
     ]
 )  # fmt: skip
 def _forward(
-    p_q, p_k, p_v, p_out, p_lse, p_ring_k, p_ring_v, p_position, p_lanes,
-    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on,
+    p_q, p_q_sink, p_k, p_v, p_out, p_lse, p_ring_k, p_ring_v, p_position, p_lanes,
+    s_qb, s_qh, s_qn, s_sb, s_sh, s_sn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on,
     s_rkl, s_rkh, s_rkn, s_rvl, s_rvh, s_rvn,
     scale2, heads, n, block_size, window, sink, grid_start, group, per_group, tiles, ring_window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, HAS_RING: tl.constexpr, HAS_LANES: tl.constexpr,
+    HAS_Q_SINK: tl.constexpr,
 ):  # fmt: skip
     """Own one query tile of one head: ring history (masked), then full key tiles (no mask), then the edges (masked).
 
-    Strides count UNIT elements, which tells the compiler that rows are aligned. Late tiles, which see most, go first.
+    With q_sink the sinks come first, those of the ring and then the call's own; q is loaded after them and meets the
+    rest. Strides count UNIT elements, which tells the compiler that rows are aligned. Late tiles, which see most, go
+    first.
     """
     pid = tl.program_id(0)
     i_tile = tiles - 1 - pid % tiles
@@ -87,9 +118,15 @@ def _forward(
     p_k += i_b * s_kb * UNIT + i_h // GROUP * s_kh * UNIT
     p_v += i_b * s_vb * UNIT + i_h // GROUP * s_vh * UNIT
     at_q = rows.to(tl.int64)[:, None] * (s_qn.to(tl.int64) * UNIT) + d[None, :]
+    mask_q = in_tile[:, None] & in_d[None, :]
     at_k = columns[:, None] * s_kn + d[None, :]
     at_v = columns[:, None] * s_vn + d[None, :]
-    q = tl.load(p_q + at_q, mask=in_tile[:, None] & in_d[None, :], other=0.0)
+    if HAS_Q_SINK:
+        p_q_sink += i_b * s_sb * UNIT + i_h * s_sh * UNIT
+        at_q_sink = rows.to(tl.int64)[:, None] * (s_sn.to(tl.int64) * UNIT) + d[None, :]
+        q = tl.load(p_q_sink + at_q_sink, mask=mask_q, other=0.0)
+    else:
+        q = tl.load(p_q + at_q, mask=mask_q, other=0.0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -106,26 +143,44 @@ def _forward(
         s_rvn = s_rvn.to(tl.int64) * UNIT
         oldest = tl.maximum(position + end_first - window, 0)
         ring_sinks = tl.minimum(tl.minimum(sink, oldest), position)
+        if HAS_Q_SINK:
+            ring_sinks = tl.minimum(sink, position)
+            oldest = tl.maximum(oldest, ring_sinks)
         sink_tiles = tl.cdiv(ring_sinks, BLOCK_N)
         ring_tiles = sink_tiles + tl.cdiv(tl.maximum(position - oldest, 0), BLOCK_N)
-        for j in tl.range(0, ring_tiles.to(tl.int32), num_stages=STAGES):
-            in_sinks = j < sink_tiles
-            start = tl.where(in_sinks, j * BLOCK_N, oldest + (j - sink_tiles) * BLOCK_N)
-            count = tl.where(in_sinks, ring_sinks, position) - start
-            past_sink = start - sink
-            base = tl.where(past_sink < 0, past_sink, past_sink % ring_window).to(tl.int32) + columns
-            slot = tl.where(base < 0, base + sink, sink + base % ring_window).to(tl.int64)
-            in_ring = columns < count
-            mask = in_ring[:, None] & in_d[None, :]
-            k = tl.load(p_ring_k + slot[:, None] * s_rkn + d[None, :], mask=mask, other=0.0)
-            v = tl.load(p_ring_v + slot[:, None] * s_rvn + d[None, :], mask=mask, other=0.0)
-            age = tl.minimum(position - start, 1 << 30).to(tl.int32) - columns
-            visible = in_ring[None, :] & ((age[None, :] <= window - row_end[:, None]) | (base < 0)[None, :])
+        first_tile = 0
+        if HAS_Q_SINK:
+            first_tile = sink_tiles.to(tl.int32)
+            acc, top, total = _attend_ring(
+                q, acc, top, total, p_ring_k, p_ring_v, s_rkn, s_rvn, 0, first_tile, sink_tiles, ring_sinks, oldest,
+                position, row_end, scale2, window, sink, ring_window, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES,
+            )  # fmt: skip
+
+    own_sink = sink
+    if HAS_RING:
+        own_sink = tl.maximum(sink - position, 0).to(tl.int32)
+    low = 0
+    if HAS_Q_SINK:
+        low = tl.minimum(own_sink, end_last)
+        for j in tl.range(0, tl.cdiv(low, BLOCK_N), num_stages=STAGES):
+            start = tl.cast(j * BLOCK_N, tl.int64)
+            keys = j * BLOCK_N + columns
+            mask = (keys < low)[:, None] & in_d[None, :]
+            k = tl.load(p_k + start * s_kn + at_k, mask=mask, other=0.0)
+            v = tl.load(p_v + start * s_vn + at_v, mask=mask, other=0.0)
+            visible = keys[None, :] < tl.minimum(row_end, low)[:, None]
             acc, top, total = _attend(q, k, v, acc, top, total, visible, scale2, True)
-        sink = tl.maximum(sink - position, 0).to(tl.int32)
+        own_sink = 0
+        q = tl.load(p_q + at_q, mask=mask_q, other=0.0)
+    if HAS_RING:
+        acc, top, total = _attend_ring(
+            q, acc, top, total, p_ring_k, p_ring_v, s_rkn, s_rvn, first_tile, ring_tiles.to(tl.int32), sink_tiles,
+            ring_sinks, oldest, position, row_end, scale2, window, sink, ring_window, HEAD_DIM, BLOCK_D, BLOCK_N,
+            STAGES,
+        )  # fmt: skip
 
     sink_stop, sink_full, sink_tail, left_start, left_tiles, mid_start, mid_tiles, right_start, right_tiles = (
-        key_phases(end_first, end_last, window, sink, BLOCK_N)
+        key_phases(end_first, end_last, window, own_sink, BLOCK_N, low)
     )
     for j in tl.range(0, sink_full + mid_tiles, num_stages=STAGES):
         start = tl.where(j < sink_full, j * BLOCK_N, mid_start + (j - sink_full) * BLOCK_N).to(tl.int64)
@@ -146,7 +201,7 @@ def _forward(
         v = tl.load(p_v + start.to(tl.int64) * s_vn + at_v, mask=mask, other=0.0)
         key = keys[None, :]
         end = row_end[:, None]
-        visible = (key < tl.minimum(end, stop)) & ((key >= end - window) | (key < sink))
+        visible = (key < tl.minimum(end, stop)) & ((key >= end - window) | (key < own_sink))
         acc, top, total = _attend(q, k, v, acc, top, total, visible, scale2, True)
 
     total = tl.where(in_tile, total, 1.0)
@@ -155,7 +210,7 @@ def _forward(
     p_out += i_b * s_ob * UNIT + i_h * s_oh * UNIT
     at_out = rows.to(tl.int64)[:, None] * (s_on.to(tl.int64) * UNIT) + d[None, :]
     out = (acc / total[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_out + at_out, out, mask=in_tile[:, None] & in_d[None, :])
+    tl.store(p_out + at_out, out, mask=mask_q)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -168,9 +223,9 @@ def stride_unit(*tensors: Tensor | None) -> int:
     return 8 if all(s % 8 == 0 for x in tensors if x is not None for s in x.stride()[:-1]) else 1
 
 
-def strides(x: Tensor, unit: int) -> tuple[int, ...]:
-    """Return the strides of x but the last, in units of `unit` elements."""
-    return tuple(s // unit for s in x.stride()[:-1])
+def strides(x: Tensor | None, unit: int) -> tuple[int | None, ...]:
+    """Return the strides of x [B, H, N, D] but the last, in units of `unit` elements; None for each without x."""
+    return (None,) * 3 if x is None else tuple(s // unit for s in x.stride()[:-1])
 
 
 def forward(
@@ -189,6 +244,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attend from each token to its block window, and to the history in `ring` if there is one.
 
+    q_sink [B, H, N, D] takes the place of q in the scores of keys below `sink`.
+
     Args:
         q: [B, H, N, D], the call's own tokens.
         k, v: [B, Hkv, N, D].
@@ -202,7 +259,7 @@ def forward(
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
     """
     if q_sink is not None:
-        raise ValueError("q_sink: expected None, the portable kernels do not take it yet")
+        q_sink = dense_rows(q_sink if scale >= 0 else -q_sink)
     if scale < 0:
         q, scale = -q, -scale
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
@@ -214,12 +271,12 @@ def forward(
     tile = tile or tile_for("forward", q)
     plan = plan_tiles(n, block_size, window, grid_start, tile.block_m)
     ring_k, ring_v = (k, v) if ring is None else (dense_rows(ring.k), dense_rows(ring.v))
-    unit = stride_unit(q, k, v, out, ring_k, ring_v)
+    unit = stride_unit(q, q_sink, k, v, out, ring_k, ring_v)
     _forward[(plan.tiles * batch * heads,)](
-        q, k, v, out, lse, ring_k, ring_v,
+        q, q_sink, k, v, out, lse, ring_k, ring_v,
         None if ring is None else ring.position,
         None if ring is None else ring.lanes,
-        *strides(q, unit), *strides(k, unit), *strides(v, unit), *strides(out, unit),
+        *strides(q, unit), *strides(q_sink, unit), *strides(k, unit), *strides(v, unit), *strides(out, unit),
         *strides(ring_k, unit), *strides(ring_v, unit),
         max(scale * LOG2E, 1e-30),
         heads, n, block_size, window, sink, grid_start, plan.group, plan.per_group, plan.tiles,
@@ -227,6 +284,7 @@ def forward(
         GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, UNIT=unit,
         HAS_RING=ring is not None, HAS_LANES=ring is not None and ring.lanes is not None,
+        HAS_Q_SINK=q_sink is not None,
         num_warps=tile.warps,
     )  # fmt: skip
     return out, lse

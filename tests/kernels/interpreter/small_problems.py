@@ -19,3 +19,16 @@ CASES = [
     (120, 20, 50, 47, 7, 4, 2, 16),
     (1, 5, 5, 5, 5, 1, 1, 16),
 ]
+
+# sinks inside the first block, on its edge, across several tiles, and as long as the sequence or longer
+WITH_AND_WITHOUT_Q_SINK = [(*case, False) for case in CASES] + [
+    (*case, True)
+    for case in [
+        *(case for case in CASES if case[3]),
+        (150, 40, 70, 60, 33, 4, 2, 16),
+        (64, 16, 48, 16, 0, 2, 2, 16),
+        (90, 32, 32, 90, 0, 1, 1, 16),
+        (40, 16, 16, 70, 3, 2, 1, 16),
+        (130, 24, 130, 37, 0, 1, 1, 8),
+    ]
+]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import SMALL, Case, check_decode, decode_case
+from kernel_cases import SINKS, SMALL, Case, check_decode, decode_case, second_query
 
 from swba_kernels import BlockWindow, reference
 
@@ -18,9 +18,9 @@ LONG = Case(BlockWindow(6, 90, 7), 6, heads=4, kv_heads=2, head_dim=24)
 
 
 def decode_with(splits: int | None, tile: DecodeTile | None = TILE, scale: float | None = None):
-    def call(q, k_ring, v_ring, valid, lanes):
+    def call(q, k_ring, v_ring, valid, lanes, **options):
         chosen = q.shape[-1] ** -0.5 if scale is None else scale
-        return decode(q, k_ring, v_ring, valid, lanes, scale=chosen, splits=splits, tile=tile)
+        return decode(q, k_ring, v_ring, valid, lanes, scale=chosen, splits=splits, tile=tile, **options)
 
     return call
 
@@ -37,20 +37,38 @@ def test_any_number_of_splits_equals_the_reference(splits, seed) -> None:
     check_decode(LONG, torch.float32, decode_with(splits), seed=seed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SINKS, ids=str)
+def test_decode_with_a_second_query_equals_the_reference(case, dtype) -> None:
+    check_decode(case, dtype, decode_with(None), seed=1, bounded=True)
+
+
+@pytest.mark.parametrize("sink", [1, 7, 16, 23, 48, 200])
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_a_second_query_reads_the_sinks_wherever_the_splits_cut(splits, sink) -> None:
+    case = Case(BlockWindow(6, 90, sink), 6, heads=4, kv_heads=2, head_dim=24)
+    for seed in range(2):
+        check_decode(case, torch.float32, decode_with(splits), seed=seed, bounded=True)
+
+
 def test_more_query_rows_than_a_tile_and_the_chosen_tile() -> None:
     case = Case(BlockWindow(37, 80), 37, heads=6, kv_heads=2, head_dim=8)
     check_decode(case, torch.float32, decode_with(3), seed=2)
     check_decode(case, torch.float32, decode_with(None, None), seed=2)
+    case = case._replace(pattern=BlockWindow(37, 80, 50))
+    check_decode(case, torch.float32, decode_with(3), seed=2, bounded=True)
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
-def test_any_finite_scale(scale) -> None:
+def test_any_finite_scale(scale, bounded) -> None:
     q, k_ring, v_ring, valid, lanes = decode_case(LONG, torch.float32)
-    out, lse = decode_with(3, scale=scale)(q, k_ring, v_ring, valid, lanes)
+    options = {"q_sink": second_query(q, 7), "sink": 7} if bounded else {}
+    out, lse = decode_with(3, scale=scale)(q, k_ring, v_ring, valid, lanes, **options)
     expected, expected_lse = reference.decode_reference(
-        q, k_ring, v_ring, valid, lanes=lanes, sm_scale=scale, return_lse=True
+        q, k_ring, v_ring, valid, lanes=lanes, sm_scale=scale, return_lse=True, **options
     )
-    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out, expected, atol=5e-6, rtol=1e-5)
     torch.testing.assert_close(lse, expected_lse)
 
 

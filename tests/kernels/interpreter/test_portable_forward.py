@@ -11,7 +11,7 @@ from swba_kernels.reference import block_window_reference, prefill_reference
 pytest.importorskip("triton")
 
 from poison import embed, relative_error
-from small_problems import CASES, TILE
+from small_problems import TILE, WITH_AND_WITHOUT_Q_SINK
 from tolerance import assert_close
 
 from swba_kernels.portable.forward import Ring, forward
@@ -36,35 +36,54 @@ def tensors(heads: int, kv_heads: int, n: int, d: int, dtype=torch.float32, batc
     return [torch.randn(batch, h, n, d).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
-@pytest.mark.parametrize(("n", "block_size", "window", "sink", "first_block", "heads", "kv_heads", "d"), CASES)
+def second(q, bounded: bool):
+    """Return q_sink as the kernel gets it and as the oracle does."""
+    if not bounded:
+        return None, None
+    q_sink = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(q.dtype)
+    return embed(q_sink), q_sink.double()
+
+
+@pytest.mark.parametrize(
+    ("n", "block_size", "window", "sink", "first_block", "heads", "kv_heads", "d", "bounded"), WITH_AND_WITHOUT_Q_SINK
+)
 def test_forward_equals_the_reference_and_reads_nothing_outside_its_tensors(
-    n, block_size, window, sink, first_block, heads, kv_heads, d
+    n, block_size, window, sink, first_block, heads, kv_heads, d, bounded
 ):
     pattern = BlockWindow(block_size, window, sink, first_block)
     q, k, v = tensors(heads, kv_heads, n, d)
-    out, lse = run(pattern, embed(q), embed(k), embed(v), scale=d**-0.5, tile=TILE)
-    expected, expected_lse = block_window_reference(q.double(), k.double(), v.double(), pattern, return_lse=True)
+    own, oracle = second(q, bounded)
+    out, lse = run(pattern, embed(q), embed(k), embed(v), scale=d**-0.5, tile=TILE, q_sink=own)
+    expected, expected_lse = block_window_reference(
+        q.double(), k.double(), v.double(), pattern, q_sink=oracle, return_lse=True
+    )
     assert relative_error(out, expected) < 2e-6
     assert relative_error(lse, expected_lse) < 2e-6
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("tile", [Tile(32, 16, 4, 1), Tile(16, 64, 4, 2), Tile(64, 32, 4, 3)])
-def test_the_result_does_not_depend_on_the_tile(tile):
+def test_the_result_does_not_depend_on_the_tile(tile, bounded):
     pattern = BlockWindow(24, 60, sink=5, first_block=9)
     q, k, v = tensors(2, 1, 133, 16)
-    out, lse = run(pattern, embed(q), embed(k), embed(v), scale=0.25, tile=tile)
-    expected, expected_lse = block_window_reference(q.double(), k.double(), v.double(), pattern, return_lse=True)
+    own, oracle = second(q, bounded)
+    out, lse = run(pattern, embed(q), embed(k), embed(v), scale=0.25, tile=tile, q_sink=own)
+    expected, expected_lse = block_window_reference(
+        q.double(), k.double(), v.double(), pattern, q_sink=oracle, return_lse=True
+    )
     assert relative_error(out, expected) < 2e-6
     assert relative_error(lse, expected_lse) < 2e-6
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])
-def test_any_scale_is_served(scale):
-    pattern = BlockWindow(10, 25)
+def test_any_scale_is_served(scale, bounded):
+    pattern = BlockWindow(10, 25, sink=7)
     q, k, v = tensors(1, 1, 40, 16, batch=1)
-    out, lse = run(pattern, q, k, v, scale=scale, tile=TILE)
+    own, oracle = second(q, bounded)
+    out, lse = run(pattern, q, k, v, scale=scale, tile=TILE, q_sink=own)
     expected, expected_lse = block_window_reference(
-        q.double(), k.double(), v.double(), pattern, sm_scale=scale, return_lse=True
+        q.double(), k.double(), v.double(), pattern, q_sink=oracle, sm_scale=scale, return_lse=True
     )
     assert relative_error(out, expected) < 1e-5
     assert relative_error(lse, expected_lse) < 1e-5
@@ -111,11 +130,14 @@ def test_empty_input_gives_empty_output():
     assert lse.shape == (2, 1, 0)
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("history", [0, 1, 5, 30, 64, 200])
 @pytest.mark.parametrize(
     ("block_size", "window", "sink", "first_block"), [(8, 40, 0, 0), (7, 33, 5, 2), (16, 40, 37, 3), (30, 30, 7, 0)]
 )
-def test_prefill_sees_the_ring_history_of_its_lane_and_nothing_else(history, block_size, window, sink, first_block):
+def test_prefill_sees_the_ring_history_of_its_lane_and_nothing_else(
+    history, block_size, window, sink, first_block, bounded
+):
     pattern = BlockWindow(block_size, window, sink, first_block)
     capacity, n = sink + window, 37
     q, k, v = tensors(2, 1, n, 16)
@@ -127,10 +149,11 @@ def test_prefill_sees_the_ring_history_of_its_lane_and_nothing_else(history, blo
             written = min(int(position[b]), capacity)
             ring[lanes[b], :, :written] = torch.randn(1, written, 16)
     ring = Ring(embed(rings[0]), embed(rings[1]), position, lanes)
-    out, lse = run(pattern, embed(q), embed(k), embed(v), scale=0.25, tile=TILE, ring=ring)
+    own, oracle = second(q, bounded and sink > 0)
+    out, lse = run(pattern, embed(q), embed(k), embed(v), scale=0.25, tile=TILE, ring=ring, q_sink=own)
     double = [x.double() for x in (q, k, v)]
     expected, expected_lse = prefill_reference(
-        *double, pattern, rings[0].double(), rings[1].double(), position, lanes=lanes, return_lse=True
+        *double, pattern, rings[0].double(), rings[1].double(), position, lanes=lanes, q_sink=oracle, return_lse=True
     )
     assert relative_error(out, expected) < 2e-6
     assert relative_error(lse, expected_lse) < 2e-6
