@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
     generator, made_seconds = _make(args, device)
     report = {**header(device, args.argv), "model": args.model, "load_s": made_seconds, **_measure(args, generator)}
     for part in report["parts"]:
-        memory = f", {part['gpu_gib']:.2f} GiB" if part["gpu_gib"] else ""
+        memory = f", {part['gpu_gib']:.2f} GiB on the GPU" if part["gpu_gib"] else ""
         print(
             f"blocks {part['first']} to {part['last']}: p50 {part['p50']:.2f} ms, p99 {part['p99']:.2f} ms, "
-            f"{part['frames_per_second']:.2f} frames/s{memory}"
+            f"{part['frames_per_second']:.2f} frames/s{memory}, {part['host_peak_gib']:.3f} GiB on the host"
         )
     print(
         f"{report['frames_per_second']:.2f} frames/s sustained; first frame {report['first_frame_ms']:.0f} ms after "
@@ -129,6 +131,7 @@ def _measure(args: argparse.Namespace, generator: WanGenerator) -> dict[str, Any
                 "first": begin + start, "last": begin + start + len(times) - 1, "p50": percentile(times, 0.5),
                 "p99": percentile(times, 0.99), "frames_per_second": 4e3 * args.frames * len(times) / sum(times),
                 "gpu_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
+                "host_peak_gib": _host_peak_bytes() / 2**30,
             }
         )  # fmt: skip
     if args.save is not None:
@@ -154,3 +157,8 @@ def _draw(generator: WanGenerator, blocks: int, prompt: torch.Tensor | None) -> 
         next(made)
         times.append(1e3 * (time.perf_counter() - before))
     return times
+
+
+def _host_peak_bytes() -> int:
+    """Return the most memory that this process has held so far; a part that adds nothing leaves it as it was."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
