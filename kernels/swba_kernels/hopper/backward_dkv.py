@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_ranges import latest_row, queries_of, query_walk
-from .backward_shared import LN2, counting, load_row_terms, row_box, store_tile, weigh
+from .backward_shared import LN2, load_row_terms, row_box, store_tile, weigh
 from .compat import box, tma_load
-from .pipeline import next_stage
+from .pipeline import counting, next_stage
 
 
 @gluon.jit

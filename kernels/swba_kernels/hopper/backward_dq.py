@@ -16,9 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_ranges import block_end, key_tile, key_walk
-from .backward_shared import LN2, clear_past, counting, store_tile
+from .backward_shared import LN2, clear_past, store_tile
 from .compat import box, tma_load
-from .pipeline import next_stage
+from .pipeline import counting, next_stage
 
 
 @gluon.jit

@@ -21,9 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import place, queries_of, turn_at, walk_grid
-from .backward_shared import LN2, counting, row_box, store_tile, weigh
+from .backward_shared import LN2, row_box, store_tile, weigh
 from .compat import box, cta_barrier, tma_load, tma_store, view
-from .pipeline import next_stage
+from .pipeline import counting, next_stage
 
 
 @gluon.jit

@@ -34,17 +34,6 @@ def row_terms(buffer, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def counting(ROWS: gl.constexpr):
-    """Return a buffer that holds 0, 1, ... ROWS - 1.
-
-    Edge tiles read their row numbers from here: as an `arange` they would sit in registers through the whole loop.
-    """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    values = gl.arange(0, ROWS, layout=LAYOUT)
-    return gl.allocate_shared_memory(gl.int32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]), values)
-
-
-@gluon.jit
 def clear_past(buffer, tile, n, ROWS: gl.constexpr, D: gl.constexpr):
     """Zero what a tile (start, stop, _) of ROWS rows holds past `stop`: a matmul would turn 0 x NaN into NaN.
 

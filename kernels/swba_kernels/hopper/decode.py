@@ -59,6 +59,8 @@ def decode(
     lanes: Tensor | None,
     *,
     scale: float,
+    q_sink: Tensor | None = None,
+    sink: int = 0,
     plan: LanePlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from every query of row b to slots [0, valid[b]) of ring lane lanes[b].
@@ -72,6 +74,8 @@ def decode(
         valid: [B] int64, from 1 to S.
         lanes: [B] int64, or None where row b reads lane b.
         scale: factor on the scores.
+        q_sink: the queries that read slots [0, sink) in place of q, with the shape of q and likewise.
+        sink: greater than 0 exactly if there is q_sink.
         plan: replaces the chosen one, for tuning.
 
     Returns:
@@ -81,16 +85,18 @@ def decode(
         RuntimeError: the first call for these sizes is made while a graph is captured.
     """
     if scale < 0:
-        q, scale = -q, -scale
+        q, q_sink, scale = -q, None if q_sink is None else -q_sink, -scale
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     shape = (q.shape[0], k_ring.shape[1], q.shape[1] // k_ring.shape[1] * q.shape[2], q.shape[3])
-    if _groups_adjoin(q) and _groups_adjoin(out):
-        _decode(q.view(shape), k_ring, v_ring, valid, lanes, out.view(shape), lse.view(shape[:3]), scale, plan)
+    if _groups_adjoin(q) and _groups_adjoin(out) and (q_sink is None or _groups_adjoin(q_sink)):
+        q, out_rows, lse_rows = q.view(shape), out.view(shape), lse.view(shape[:3])
+        q_sink = None if q_sink is None else q_sink.view(shape)
     else:
-        _decode(q, k_ring, v_ring, valid, lanes, out, lse, scale, plan)
+        out_rows, lse_rows = out, lse
+    _decode(q, q_sink, k_ring, v_ring, valid, lanes, out_rows, lse_rows, sink, scale, plan)
     return out, lse
 
 
@@ -100,8 +106,8 @@ def _groups_adjoin(x: Tensor) -> bool:
 
 
 def _decode(
-    q: Tensor, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None, out: Tensor, lse: Tensor,
-    scale: float, plan: LanePlan | None,
+    q: Tensor, q_sink: Tensor | None, k_ring: Tensor, v_ring: Tensor, valid: Tensor, lanes: Tensor | None,
+    out: Tensor, lse: Tensor, sink: int, scale: float, plan: LanePlan | None,
 ) -> None:  # fmt: skip
     batch, heads, n, d = q.shape
     held, kv_heads, slots = k_ring.shape[:3]
@@ -110,24 +116,27 @@ def _decode(
     part = torch.empty((tables.units * 64, d), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(tables.units * 64, dtype=torch.float32, device=q.device)
     results = (descriptor(out, 64), lse, part, part_lse)
-    inputs = (descriptor(q, 64), descriptor(k_ring, config.key_tile), descriptor(v_ring, config.key_tile))
+    queries = (descriptor(q, 64), None if q_sink is None else descriptor(q_sink, 64))
+    inputs = (*queries, descriptor(k_ring, config.key_tile), descriptor(v_ring, config.key_tile))
     row_strides = (valid.stride(0), 0 if lanes is None else lanes.stride(0))
     filled = (valid, valid if lanes is None else lanes)
     scale2 = max(scale * LOG2E, 1e-30)
+    sizes = (heads, heads // kv_heads, n, slots, None if q_sink is None else sink)
     constants = {
-        "BN": config.key_tile, "D": d, "STAGES": config.stages, "HAS_LANES": lanes is not None, "num_warps": 4,
+        "BN": config.key_tile, "D": d, "STAGES": config.stages, "HAS_LANES": lanes is not None,
+        "Q_SINK": q_sink is not None, "num_warps": 4,
     }  # fmt: skip
     if config.warpgroups > 1:
         decode_persistent[(tables.ctas,)](
             *inputs, *results, tables.items, *filled,
-            heads, heads // kv_heads, n, slots, plan.slot_tiles, *row_strides, scale2,
+            *sizes, plan.slot_tiles, *row_strides, scale2,
             W=config.warpgroups, TURNS=config.turns, REGISTERS=config.registers, **constants, launch_pdl=True,
         )  # fmt: skip
     else:
         splits = len(plan.bundles) // len(plan.tiles)
         decode_small[(-(-n // 64) * splits, heads, batch)](
             *inputs, *results, *filled,
-            heads, heads // kv_heads, n, slots, splits, *row_strides, scale2,
+            *sizes, splits, *row_strides, scale2,
             **constants, launch_pdl=True,
         )  # fmt: skip
     if tables.units:

@@ -6,9 +6,12 @@ W consumer warpgroups, R rounds of the table, P CTAs.
 Key tiles are counted back from the end of the filled slots [0, valid): tile t holds the slots from valid - (t + 1) BN
 up to valid - t BN. So no slot past `valid` is ever read, and the slots that the last tile holds below zero are filled
 with zeros by the copy engine; that tile alone needs its scores masked.
+
+Where sinks are read by queries of their own (Q_SINK), an item is two runs of tiles: sinks, counted back from their end,
+then the other slots, whose last tile may reach into the sinks. Each run has its queries and masks its first tile.
 """
 
-# ruff: noqa: RUF059 (tuples travel whole between the partitions; each names all that it gets)
+# ruff: noqa: RUF059, SIM102 (each function names all of a tuple that it gets; constants have an `if` of their own)
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .compat import allow_dependents, await_prerequisites, box, named_arrive, named_sync, tma_load, tma_store
-from .decode_plan import key_tiles_of_part
+from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import next_stage
-from .softmax import first_weights, next_weights, rescale
+from .softmax import first_weights, hide_first, next_weights, rescale
 
 # Of an item in the table: row, head, first query, low and high end of its part of the keys, unit, items of this CTA.
 FIELDS = gl.constexpr(8)
@@ -33,13 +36,14 @@ TURN = gl.constexpr(12)  # the first of W named barriers, with which the consume
 
 
 @gluon.jit
-def _item(table, sizes, i_round, BN: gl.constexpr, HAS_LANES: gl.constexpr):
-    """Read one item of this CTA: row, ring lane, head, first query, number of key tiles, first slot, unit.
+def _item(table, sizes, i_round, BN: gl.constexpr, HAS_LANES: gl.constexpr, Q_SINK: gl.constexpr):
+    """Read one item of this CTA: row, ring lane, head, first query, unit, run of sink tiles, run of other tiles.
 
-    The part of the keys is a fraction of the ring's capacity, applied to what is filled. The first slot is that of the
-    part's last tile, with which the loop begins; it is negative if the tile is the ragged one.
+    The part of the keys is a fraction of the ring's capacity, applied to what is filled. A run is (tiles, first slot,
+    how far that lies behind the lowest slot that counts). The first slot is that of the part's last tile, with which
+    the loop begins; the latter number is negative if the tile is the ragged one.
     """
-    heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes = sizes
+    heads, group, n, slots, sink, slot_tiles, rounds, stride_valid, stride_lanes = sizes
     p_items, p_valid, p_lanes = table
     p_item = p_items + (i_round * gl.num_programs(0) + gl.program_id(0)) * FIELDS
     i_b = gl.load(p_item)
@@ -53,42 +57,72 @@ def _item(table, sizes, i_round, BN: gl.constexpr, HAS_LANES: gl.constexpr):
         lane = gl.load(p_lanes + i_b.to(gl.int64) * stride_lanes).to(gl.int32)
     else:
         lane = i_b
-    first, last = key_tiles_of_part(low, high, valid, slot_tiles, BN)
-    return i_b, lane, i_h, i_n, last - first, valid - last * BN, unit
+    if Q_SINK:
+        of_sinks, others = runs_of_part(low, high, valid, sink, slot_tiles, BN)
+        return i_b, lane, i_h, i_n, unit, of_sinks, others
+    else:
+        first, last = key_tiles_of_part(low, high, valid, slot_tiles, BN)
+        slot = valid - last * BN
+        return i_b, lane, i_h, i_n, unit, (0, 0, 0), (last - first, slot, slot)
+
+
+@gluon.jit
+def _copy_queries(desc, i_b, i_h, i_n, queries, q_stage, q_phase, W: gl.constexpr, Q_STAGES: gl.constexpr):
+    """Copy the W * 64 query rows from i_n on."""
+    q_smem, out_smem, q_full, q_empty = queries
+    D: gl.constexpr = q_smem.shape[2]
+    full = q_full.index(q_stage)
+    mbarrier.wait(q_empty.index(q_stage), q_phase)
+    mbarrier.expect(full, W * 64 * D * 2)
+    for w in gl.static_range(W):
+        tma_load(desc, [i_b, i_h, i_n + w * 64, 0], full, box(q_smem.index(q_stage * W + w), 64, D))
+    return next_stage(q_stage, q_phase, Q_STAGES)
+
+
+@gluon.jit
+def _copy_keys(k_desc, v_desc, lane, i_kv, run, keys, stage, phase):
+    """Copy the key and value tiles of a run."""
+    k_smem, v_smem, k_bars, v_bars = keys
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BN: gl.constexpr = k_smem.shape[1]
+    D: gl.constexpr = k_smem.shape[2]
+    tiles, slot, _ = run
+    for _ in range(tiles):
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_full.index(stage), BN * D * 2)
+        tma_load(k_desc, [lane, i_kv, slot, 0], k_full.index(stage), box(k_smem.index(stage), BN, D))
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_full.index(stage), BN * D * 2)
+        tma_load(v_desc, [lane, i_kv, slot, 0], v_full.index(stage), box(v_smem.index(stage), BN, D))
+        slot += BN
+        stage, phase = next_stage(stage, phase, STAGES)
+    return stage, phase
 
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, table, sizes, queries, keys,
-    W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LANES: gl.constexpr,
+    inputs, table, sizes, queries, keys,
+    W: gl.constexpr, BN: gl.constexpr, HAS_LANES: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Copy each item's queries, then its key and value tiles in the order in which the consumers take them."""
-    heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes = sizes
-    q_smem, out_smem, q_full, q_empty = queries
-    k_smem, v_smem, k_bars, v_bars = keys
-    k_full, k_empty = k_bars
-    v_full, v_empty = v_bars
+    q_desc, q_sink_desc, k_desc, v_desc = inputs
+    heads, group, n, slots, sink, slot_tiles, rounds, stride_valid, stride_lanes = sizes
+    Q_STAGES: gl.constexpr = 2 if Q_SINK else 1
     stage = 0
     phase = 1
+    q_stage = 0
     q_phase = 1
     for i_round in range(rounds):
-        i_b, lane, i_h, i_n, tiles, slot, unit = _item(table, sizes, i_round, BN, HAS_LANES)
-        if tiles > 0:
-            mbarrier.wait(q_empty, q_phase)
-            mbarrier.expect(q_full, W * 64 * D * 2)
-            for w in gl.static_range(W):
-                tma_load(q_desc, [i_b, i_h, i_n + w * 64, 0], q_full, box(q_smem.index(w), 64, D))
-            q_phase ^= 1
-        i_kv = i_h // group
-        for _ in range(tiles):
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), BN * D * 2)
-            tma_load(k_desc, [lane, i_kv, slot, 0], k_full.index(stage), box(k_smem.index(stage), BN, D))
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), BN * D * 2)
-            tma_load(v_desc, [lane, i_kv, slot, 0], v_full.index(stage), box(v_smem.index(stage), BN, D))
-            slot += BN
-            stage, phase = next_stage(stage, phase, STAGES)
+        i_b, lane, i_h, i_n, unit, of_sinks, others = _item(table, sizes, i_round, BN, HAS_LANES, Q_SINK)
+        if Q_SINK:
+            if of_sinks[0] > 0:
+                q_stage, q_phase = _copy_queries(q_sink_desc, i_b, i_h, i_n, queries, q_stage, q_phase, W, Q_STAGES)
+            stage, phase = _copy_keys(k_desc, v_desc, lane, i_h // group, of_sinks, keys, stage, phase)
+        if others[0] > 0:
+            q_stage, q_phase = _copy_queries(q_desc, i_b, i_h, i_n, queries, q_stage, q_phase, W, Q_STAGES)
+        stage, phase = _copy_keys(k_desc, v_desc, lane, i_h // group, others, keys, stage, phase)
 
 
 @gluon.jit
@@ -99,20 +133,74 @@ def _scores(q, k, ZERO_LAYOUT: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def _attend(
-    q, q_empty, keys, stage, phase, tiles, slot, scale2,
-    W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr,
+def _next_tile(
+    q, run, acc, p, top, total, keys, stage, phase, scale2,
+    W: gl.constexpr, BEGINS: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """Run the loop over the key tiles of an item; return the accumulator, the softmax's top and total, stage, phase.
+    """Fold in one more tile, which may begin a run.
 
-    The matmul O += P V of a tile is issued behind the scores of the next one and runs while their softmax is computed.
+    The matmul O += P V of the tile before it (in `stage`) is issued behind its scores and runs beside their softmax.
     """
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     k_smem, v_smem, k_bars, v_bars = keys
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
+    BN: gl.constexpr = k_smem.shape[1]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    v_stage = stage
+    v_phase = phase
+    stage, phase = next_stage(stage, phase, k_smem.shape[0])
+    mbarrier.wait(k_full.index(stage), phase)
+    if TURNS:
+        named_sync(TURN + ME, 256)
+    s = _scores(q, k_smem.index(stage), SCORES, BN)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
+    acc = warpgroup_mma(p, v_smem.index(v_stage), acc, is_async=True)
+    if TURNS:
+        named_arrive(TURN + (ME + 1) % W, 256)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if BEGINS:
+        s = hide_first(s, run[2])
+    weights, top, total, fade = next_weights(s, top, total, scale2)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(v_stage), count=1)
+    acc = rescale(acc, fade)
+    p = gl.convert_layout(weights.to(q.dtype), p.type.layout, assert_trivial=True)
+    return acc, p, top, total, stage, phase
+
+
+@gluon.jit
+def _first_run(of_sinks, others):
+    """Return the first run that has tiles."""
+    ahead = of_sinks[0] > 0
+    tiles = gl.where(ahead, of_sinks[0], others[0])
+    return tiles, gl.where(ahead, of_sinks[1], others[1]), gl.where(ahead, of_sinks[2], others[2])
+
+
+@gluon.jit
+def _attend(
+    q, q_read, queries, q_stage, q_phase, keys, stage, phase, of_sinks, others, scale2,
+    W: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr, Q_SINK: gl.constexpr,
+):  # fmt: skip
+    """Run over the key tiles of an item: return the accumulator, the softmax's top and total, stages and phases.
+
+    `q` are the queries of its first run; `q_read` takes note when they are no longer needed.
+    """
+    q_smem, out_smem, q_full, q_empty = queries
+    k_smem, v_smem, k_bars, v_bars = keys
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BN: gl.constexpr = k_smem.shape[1]
+    D: gl.constexpr = k_smem.shape[2]
+    Q_STAGES: gl.constexpr = q_smem.shape[0] // W
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    if Q_SINK:
+        run = _first_run(of_sinks, others)
+    else:
+        run = others
     mbarrier.wait(k_full.index(stage), phase)
     if TURNS:
         named_sync(TURN + ME, 256)
@@ -121,42 +209,40 @@ def _attend(
         named_arrive(TURN + (ME + 1) % W, 256)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    exists = gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES)) + slot >= 0
-    weights, top, total = first_weights(gl.where(exists[None, :], s, float("-inf")), scale2)
+    weights, top, total = first_weights(hide_first(s, run[2]), scale2)
     acc = gl.zeros([64, D], gl.float32, ACC)
     p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
-    for _ in range(1, tiles):
-        v_stage = stage
-        v_phase = phase
-        stage, phase = next_stage(stage, phase, STAGES)
-        mbarrier.wait(k_full.index(stage), phase)
-        if TURNS:
-            named_sync(TURN + ME, 256)
-        s = _scores(q, k_smem.index(stage), SCORES, BN)
-        mbarrier.wait(v_full.index(v_stage), v_phase)
-        acc = warpgroup_mma(p, v_smem.index(v_stage), acc, is_async=True)
-        if TURNS:
-            named_arrive(TURN + (ME + 1) % W, 256)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        weights, top, total, fade = next_weights(s, top, total, scale2)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(v_stage), count=1)
-        acc = rescale(acc, fade)
-        p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
-    mbarrier.arrive(q_empty, count=1)
+    for _ in range(1, run[0]):
+        acc, p, top, total, stage, phase = _next_tile(
+            q, run, acc, p, top, total, keys, stage, phase, scale2, W, False, TURNS, ME
+        )
+    mbarrier.arrive(q_read, count=1)
+    if Q_SINK:
+        if (of_sinks[0] > 0) & (others[0] > 0):
+            mbarrier.wait(q_full.index(q_stage), q_phase)
+            q_others = q_smem.index(q_stage * W + ME)
+            acc, p, top, total, stage, phase = _next_tile(
+                q_others, others, acc, p, top, total, keys, stage, phase, scale2, W, True, TURNS, ME
+            )
+            for _ in range(1, others[0]):
+                acc, p, top, total, stage, phase = _next_tile(
+                    q_others, others, acc, p, top, total, keys, stage, phase, scale2, W, False, TURNS, ME
+                )
+            mbarrier.arrive(q_empty.index(q_stage), count=1)
+            q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
     mbarrier.wait(v_full.index(stage), phase)
     acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(stage), count=1)
     stage, phase = next_stage(stage, phase, STAGES)
-    return acc, top, total, stage, phase
+    return acc, top, total, stage, phase, q_stage, q_phase
 
 
 @gluon.jit
-def _pass_on(keys, stage, phase, tiles, W: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr):
-    """Give an item's tiles back unread: this consumer's rows lie past the last query."""
+def _pass_on(keys, stage, phase, tiles, W: gl.constexpr, TURNS: gl.constexpr, ME: gl.constexpr):
+    """Give a run's tiles back unread: this consumer's rows lie past the last query."""
     k_smem, v_smem, k_bars, v_bars = keys
+    STAGES: gl.constexpr = k_smem.shape[0]
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     for _ in range(tiles):
@@ -174,40 +260,50 @@ def _pass_on(keys, stage, phase, tiles, W: gl.constexpr, STAGES: gl.constexpr, T
 @gluon.jit
 def _consumer(
     results, table, sizes, scale2, queries, keys,
-    W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    HAS_LANES: gl.constexpr, ME: gl.constexpr,
+    W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, TURNS: gl.constexpr, HAS_LANES: gl.constexpr,
+    Q_SINK: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """Own 64 query rows of each item. A whole item goes to the output, a part of one to the workspace."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes = sizes
+    heads, group, n, slots, sink, slot_tiles, rounds, stride_valid, stride_lanes = sizes
     out_desc, p_lse, p_part, p_part_lse = results
     q_smem, out_smem, q_full, q_empty = queries
-    q = q_smem.index(ME)
+    Q_STAGES: gl.constexpr = q_smem.shape[0] // W
     staged = out_smem.index(ME)
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     stage = 0
     phase = 0
+    q_stage = 0
     q_phase = 0
     if TURNS and ME == W - 1:
         named_arrive(TURN, 256)
     for i_round in range(rounds):
-        i_b, lane, i_h, i_n, tiles, slot, unit = _item(table, sizes, i_round, BN, HAS_LANES)
+        i_b, lane, i_h, i_n, unit, of_sinks, others = _item(table, sizes, i_round, BN, HAS_LANES, Q_SINK)
         i_n += ME * 64
         unit_rows = (unit + ME).to(gl.int64) * 64
-        if tiles == 0:
+        if of_sinks[0] + others[0] == 0:
             if unit >= 0:
                 gl.store(p_part_lse + unit_rows + rows, gl.full([64], float("-inf"), gl.float32, rows.type.layout))
         else:
-            mbarrier.wait(q_full, q_phase)
-            q_phase ^= 1
+            mbarrier.wait(q_full.index(q_stage), q_phase)
+            q = q_smem.index(q_stage * W + ME)
+            q_read = q_empty.index(q_stage)
+            q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
             if i_n >= n:
-                mbarrier.arrive(q_empty, count=1)
-                stage, phase = _pass_on(keys, stage, phase, tiles, W, STAGES, TURNS, ME)
+                mbarrier.arrive(q_read, count=1)
+                if Q_SINK:
+                    stage, phase = _pass_on(keys, stage, phase, of_sinks[0], W, TURNS, ME)
+                    if (of_sinks[0] > 0) & (others[0] > 0):
+                        mbarrier.wait(q_full.index(q_stage), q_phase)
+                        mbarrier.arrive(q_empty.index(q_stage), count=1)
+                        q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
+                stage, phase = _pass_on(keys, stage, phase, others[0], W, TURNS, ME)
             else:
-                acc, top, total, stage, phase = _attend(
-                    q, q_empty, keys, stage, phase, tiles, slot, scale2, W, BN, D, STAGES, TURNS, ME
-                )
+                acc, top, total, stage, phase, q_stage, q_phase = _attend(
+                    q, q_read, queries, q_stage, q_phase, keys, stage, phase, of_sinks, others, scale2,
+                    W, TURNS, ME, Q_SINK,
+                )  # fmt: skip
                 if i_round == rounds - 1:  # not earlier: CTAs of the merge would crowd the first idle multiprocessors
                     allow_dependents()
                 lse = top + gl.log2(total)
@@ -216,7 +312,7 @@ def _consumer(
                     p_row = p_lse + (i_b * heads + i_h).to(gl.int64) * n + i_n
                     gl.store(p_row + rows, lse * 0.6931471805599453, mask=rows + i_n < n)
                     tma.store_wait(0)
-                    staged.store(acc.to(q.dtype))
+                    staged.store(acc.to(staged.dtype))
                     fence_async_shared()
                     tma_store(out_desc, [i_b, i_h, i_n, 0], box(staged, 64, D))
                 else:
@@ -242,55 +338,57 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "group", "n", "slots", "slot_tiles", "stride_valid", "stride_lanes",
+        "heads", "group", "n", "slots", "sink", "slot_tiles", "stride_valid", "stride_lanes",
     ],
     do_not_specialize_on_alignment=["p_valid", "p_lanes"],
 )  # fmt: skip
 def decode_persistent(
-    q_desc, k_desc, v_desc, out_desc, p_lse, p_part, p_part_lse, p_items, p_valid, p_lanes,
-    heads, group, n, slots, slot_tiles, stride_valid, stride_lanes, scale2,
+    q_desc, q_sink_desc, k_desc, v_desc, out_desc, p_lse, p_part, p_part_lse, p_items, p_valid, p_lanes,
+    heads, group, n, slots, sink, slot_tiles, stride_valid, stride_lanes, scale2,
     W: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    REGISTERS: gl.constexpr, HAS_LANES: gl.constexpr, num_warps: gl.constexpr,
+    REGISTERS: gl.constexpr, HAS_LANES: gl.constexpr, Q_SINK: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Set up the shared buffers, then split into the producer and W consumers of 64 query rows each.
 
     The items of this CTA are the first ones of column `program_id` of the table [R, P].
     """
     TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [W, 64, D], TILES)
+    Q_STAGES: gl.constexpr = 2 if Q_SINK else 1
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [Q_STAGES * W, 64, D], TILES)
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
     out_smem = gl.allocate_shared_memory(q_desc.dtype, [W, 64, D], TILES)
-    q_full, q_empty = _barriers(1, W)
+    q_full, q_empty = _barriers(Q_STAGES, W)
     keys = (k_smem, v_smem, _barriers(STAGES, W), _barriers(STAGES, W))
     fence_async_shared()
     rounds = gl.load(p_items + gl.program_id(0) * FIELDS + 6)  # the table is older than the kernels before this one
     await_prerequisites()
-    sizes = (heads, group, n, slots, slot_tiles, rounds, stride_valid, stride_lanes)
+    inputs = (q_desc, q_sink_desc, k_desc, v_desc)
+    sizes = (heads, group, n, slots, sink, slot_tiles, rounds, stride_valid, stride_lanes)
     table = (p_items, p_valid, p_lanes)
-    queries = (q_smem, out_smem, q_full.index(0), q_empty.index(0))
+    queries = (q_smem, out_smem, q_full, q_empty)
     results = (out_desc, p_lse, p_part, p_part_lse)
     # The partitions are spelled out because Gluon takes no list that is built, and no tuple that holds a constexpr.
     # fmt: off
     if W == 2:
         gl.warp_specialize([
-            (_producer, (q_desc, k_desc, v_desc, table, sizes, queries, keys, W, BN, D, STAGES, HAS_LANES)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 0)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 1)),
+            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 0)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])
     elif W == 3:
         gl.warp_specialize([
-            (_producer, (q_desc, k_desc, v_desc, table, sizes, queries, keys, W, BN, D, STAGES, HAS_LANES)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 0)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 1)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 2)),
+            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 0)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 1)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 2)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])
     else:
         gl.warp_specialize([
-            (_producer, (q_desc, k_desc, v_desc, table, sizes, queries, keys, W, BN, D, STAGES, HAS_LANES)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 0)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 1)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 2)),
-            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, STAGES, TURNS, HAS_LANES, 3)),
+            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 0)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 1)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 2)),
+            (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 3)),
         ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])
     # fmt: on

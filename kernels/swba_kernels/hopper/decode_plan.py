@@ -32,6 +32,27 @@ def key_tiles_of_part(low, high, valid, slot_tiles, BN):
     return low * filled // slot_tiles, high * filled // slot_tiles
 
 
+@gluon.jit
+def runs_of_part(low, high, valid, sink, slot_tiles, BN):
+    """Return the two runs of key tiles of a part when sinks are read by queries of their own: theirs, then the rest.
+
+    A run is (tiles, first slot, how far that lies behind the lowest slot that counts), the latter negative if the first
+    tile is ragged. The filled sinks have tiles of their own, counted back from their end, as the slots behind them
+    have theirs. The part is a fraction of both: the sinks' tiles come last.
+    """
+    sinks = min(sink, valid)
+    window_tiles = (valid - sinks + BN - 1) // BN
+    filled = window_tiles + (sinks + BN - 1) // BN
+    first = low * filled // slot_tiles
+    last = high * filled // slot_tiles
+    sink_last = max(last - window_tiles, 0)
+    window_last = min(last, window_tiles)
+    sink_slot = sinks - sink_last * BN
+    window_slot = valid - window_last * BN
+    of_sinks = (sink_last - max(first - window_tiles, 0), sink_slot, sink_slot)
+    return of_sinks, (window_last - min(first, window_tiles), window_slot, window_slot - sinks)
+
+
 class Config(NamedTuple):
     """Tiles and pipeline of a decode kernel.
 

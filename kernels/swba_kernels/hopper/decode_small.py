@@ -4,8 +4,11 @@ B rows of the call, L ring lanes, H query heads, Hkv key/value heads, N queries,
 
 Nothing is looked up but `valid` and `lanes`, and the CTAs that share a multiprocessor hide each other's waits, so the
 CTAs need no producer: each issues its own copies, STAGES key tiles ahead. Key tiles are counted as in
-decode_persistent.py, back from the end of the filled slots.
+decode_persistent.py, back from the end of the filled slots; where sinks are read by queries of their own (Q_SINK), a
+CTA that meets both kinds of tiles replaces its queries in between.
 """
+
+# ruff: noqa: SIM102 (constants have an `if` of their own)
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .compat import allow_dependents, await_prerequisites, box, cta_barrier, tma_load, tma_store
-from .decode_plan import key_tiles_of_part
-from .softmax import first_weights, next_weights, rescale
+from .decode_plan import key_tiles_of_part, runs_of_part
+from .pipeline import counting
+from .softmax import first_weights, hide_first, next_weights, rescale
 
 
 @gluon.jit
@@ -33,25 +37,36 @@ def _expect(tile, tiles, full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.con
 @gluon.jit
 def _copy(desc, at, tile, tiles, full, buffers, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Start the copy, announced before, of key tile `tile` of this CTA's `tiles` into its stage."""
-    lane, i_kv, slot = at
+    lane, i_kv, slot, sinks, slot_after = at
     stage = tile % STAGES
-    coordinates = [lane, i_kv, slot + tile * BN, 0]
+    coordinates = [lane, i_kv, gl.where(tile < sinks, slot, slot_after) + tile * BN, 0]
     tma_load(desc, coordinates, full.index(stage), box(buffers.index(stage), BN, D), pred=tile < tiles)
 
 
 @gluon.jit
+def _replace_queries(queries, needed):
+    """Start the copy of the window's queries over those of the sinks, which every warp has read, if `needed`."""
+    q, q_full, q_desc, row = queries
+    i_b, i_h, i_n = row
+    mbarrier.expect(q_full, q.shape[0] * q.shape[1] * 2, pred=needed)
+    tma_load(q_desc, [i_b, i_h, i_n, 0], q_full, box(q, q.shape[0], q.shape[1]), pred=needed)
+
+
+@gluon.jit
 def _loop(
-    q, k_desc, v_desc, at, tiles, k_smem, v_smem, k_full, v_full, scale2,
-    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    queries, k_desc, v_desc, at, tiles, behind, k_smem, v_smem, k_full, v_full, count_smem, scale2,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Run over the key tiles, whose first STAGES copies are under way; return accumulator, softmax top and total.
 
     The matmul O += P V of a tile is issued behind the scores of the next one and runs while their softmax is computed.
+    `behind` says how far the first tile, and the first one after the sinks, lie behind the lowest slot that counts.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    slot = at[2]
+    q, q_full, _, _ = queries
+    sinks = at[3]
     zero = gl.zeros([64, BN], gl.float32, SCORES)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -59,8 +74,9 @@ def _loop(
     cta_barrier()
     _expect(STAGES, tiles, k_full, BN, D, STAGES)
     _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
-    exists = gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES)) + slot >= 0
-    weights, top, total = first_weights(gl.where(exists[None, :], s, float("-inf")), scale2)
+    if Q_SINK:
+        _replace_queries(queries, (sinks == 1) & (tiles > 1))
+    weights, top, total = first_weights(hide_first(s, behind[0]), scale2)
     p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     acc = gl.zeros([64, D], gl.float32, ACC)
     for j in range(1, tiles):
@@ -68,10 +84,16 @@ def _loop(
         last = (j - 1) % STAGES
         if j == 1:
             mbarrier.wait(k_full.index(stage), j // STAGES & 1)
+        if Q_SINK:
+            mbarrier.wait(q_full, 1, pred=j == sinks)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
         acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
+        if Q_SINK:
+            if j == sinks:
+                counts = count_smem.load(gl.SliceLayout(0, SCORES)) + behind[1] >= 0
+                s = gl.where(counts[None, :], s, float("-inf"))
         weights, top, total, fade = next_weights(s, top, total, scale2)
         # This wait ends a basic block: without it ptxas moves the next one, for the values, before the exponentials.
         mbarrier.wait(k_full.index((j + 1) % STAGES), (j + 1) // STAGES & 1, pred=j + 1 < tiles)
@@ -81,6 +103,8 @@ def _loop(
         _expect(j + STAGES, tiles, k_full, BN, D, STAGES)
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
+        if Q_SINK:
+            _replace_queries(queries, (j + 1 == sinks) & (sinks < tiles))
         acc = rescale(acc, fade)
         p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     # Not earlier: CTAs of the merge would crowd the first multiprocessors that this kernel leaves.
@@ -93,14 +117,15 @@ def _loop(
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "group", "n", "slots", "splits", "stride_valid", "stride_lanes",
+        "heads", "group", "n", "slots", "sink", "splits", "stride_valid", "stride_lanes",
     ],
     do_not_specialize_on_alignment=["p_valid", "p_lanes"],
 )  # fmt: skip
 def decode_small(
-    q_desc, k_desc, v_desc, out_desc, p_lse, p_part, p_part_lse, p_valid, p_lanes,
-    heads, group, n, slots, splits, stride_valid, stride_lanes, scale2,
-    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LANES: gl.constexpr, num_warps: gl.constexpr,
+    q_desc, q_sink_desc, k_desc, v_desc, out_desc, p_lse, p_part, p_part_lse, p_valid, p_lanes,
+    heads, group, n, slots, sink, splits, stride_valid, stride_lanes, scale2,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LANES: gl.constexpr, Q_SINK: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Own one of `splits` parts of the keys of one query tile; write the output, or if cut the workspace.
 
@@ -112,6 +137,10 @@ def decode_small(
     q = gl.allocate_shared_memory(q_desc.dtype, [64, D], TILES)
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
+    if Q_SINK:
+        count_smem = counting(BN)
+    else:
+        count_smem = None
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -136,10 +165,21 @@ def decode_small(
         lane = gl.load(p_lanes + i_b.to(gl.int64) * stride_lanes).to(gl.int32)
     else:
         lane = i_b
-    tma_load(q_desc, [i_b, i_h, i_n, 0], q_full, box(q, 64, D))
-    first, last = key_tiles_of_part(i_split, i_split + 1, valid, splits, BN)
-    tiles = last - first
-    at = (lane, i_h // group, valid - last * BN)
+    if Q_SINK:
+        of_sinks, others = runs_of_part(i_split, i_split + 1, valid, sink, splits, BN)
+        sinks = of_sinks[0]
+        tiles = sinks + others[0]
+        at = (lane, i_h // group, of_sinks[1], sinks, others[1] - sinks * BN)
+        behind = (gl.where(sinks > 0, of_sinks[2], others[2]), others[2])
+        tma_load(q_sink_desc, [i_b, i_h, i_n, 0], q_full, box(q, 64, D), pred=sinks > 0)
+        tma_load(q_desc, [i_b, i_h, i_n, 0], q_full, box(q, 64, D), pred=sinks == 0)
+    else:
+        tma_load(q_desc, [i_b, i_h, i_n, 0], q_full, box(q, 64, D))
+        first, last = key_tiles_of_part(i_split, i_split + 1, valid, splits, BN)
+        tiles = last - first
+        slot = valid - last * BN
+        at = (lane, i_h // group, slot, 0, slot)
+        behind = (slot, slot)
     for i in gl.static_range(STAGES):
         _copy(k_desc, at, i, tiles, k_full, k_smem, BN, D, STAGES)
         _copy(v_desc, at, i, tiles, v_full, v_smem, BN, D, STAGES)
@@ -151,7 +191,11 @@ def decode_small(
         if splits > 1:
             gl.store(p_part_lse + unit_rows + rows, gl.full([64], float("-inf"), gl.float32, rows.type.layout))
     else:
-        acc, top, total = _loop(q, k_desc, v_desc, at, tiles, k_smem, v_smem, k_full, v_full, scale2, BN, D, STAGES)
+        queries = (q, q_full, q_desc, (i_b, i_h, i_n))
+        acc, top, total = _loop(
+            queries, k_desc, v_desc, at, tiles, behind, k_smem, v_smem, k_full, v_full, count_smem, scale2,
+            BN, D, STAGES, Q_SINK,
+        )  # fmt: skip
         lse = top + gl.log2(total)
         acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, ACC), assert_trivial=True))[:, None]
         if splits == 1:

@@ -1,4 +1,4 @@
-"""The step through a ring of buffers in shared memory, by which producers and consumers meet."""
+"""What loops over tiles share: the step through a ring of buffers, and numbers that stay out of registers."""
 
 from __future__ import annotations
 
@@ -14,3 +14,15 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
         stage = 0
         phase ^= 1
     return stage, phase
+
+
+@gluon.jit
+def counting(ROWS: gl.constexpr):
+    """Return a buffer that holds 0, 1, ... ROWS - 1.
+
+    Edge tiles read the numbers of their rows or columns from here: as an `arange` they would sit in registers through
+    the whole loop.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    values = gl.arange(0, ROWS, layout=LAYOUT)
+    return gl.allocate_shared_memory(gl.int32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]), values)

@@ -11,6 +11,13 @@ SLACK = gl.constexpr(8.0)
 
 
 @gluon.jit
+def hide_first(s, behind):
+    """Mask the scores s of a tile's first keys: its first one lies `behind` keys behind the lowest that counts."""
+    counts = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout)) + behind >= 0
+    return gl.where(counts[None, :], s, float("-inf"))
+
+
+@gluon.jit
 def first_weights(s, scale2):
     """Return (weights, top, total) of the first tile of raw scores s; `top` is in units of log2."""
     top = gl.max(s, 1) * scale2
