@@ -6,11 +6,13 @@ B lanes of a call, Hkv key/value heads, N tokens, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from swba_kernels.pattern import BlockWindow
 
 from .config import StreamConfig
 from .errors import StreamStateError
@@ -77,6 +79,27 @@ class Block:
         """The device tensors, which exist once the cache has bound the block."""
         assert self.tensors is not None
         return self.tensors
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of surviving keys and values that a prefill on history holds until its commit."""
+        return sum(part.k.nbytes + part.v.nbytes for parts in self.staged.values() for part in parts)
+
+    def pattern(self, stream: StreamConfig) -> BlockWindow:
+        """Return the pattern of a prefill, whose block grid starts at the call's first token."""
+        pattern = stream.pattern
+        if self.history_start is not None:
+            return replace(pattern, first_block=self.tokens % pattern.block_size)
+        return replace(pattern, first_block=0) if self.on_history else pattern
+
+    def stage(self, layer: int, k: Tensor, v: Tensor, window: int) -> None:
+        """Keep a copy of the sinks and of the last window; a lane's later tokens are written over earlier ones."""
+        recent = max(0, self.tokens - window)
+        parts = [StagedTokens(recent, k[:, :, recent:].clone(), v[:, :, recent:].clone())]
+        if self.sink_tokens:
+            sinks = slice(0, self.sink_tokens)
+            parts.insert(0, StagedTokens(0, k[:, :, sinks].clone(), v[:, :, sinks].clone()))
+        self.staged[layer] = parts
 
 
 def normalise_lanes(lanes: int | Sequence[int] | None, total: int) -> tuple[int, ...] | None:
@@ -182,3 +205,23 @@ def check_qkv(
             raise StreamStateError(f"{name}: expected {dtype}, got {x.dtype}")
         if x.device != device:
             raise StreamStateError(f"{name}: expected a tensor on {device}, got {x.device}")
+
+
+def check_q_sink(q_sink: Tensor | None, q: Tensor, bounded: bool) -> None:
+    """Raise StreamStateError unless there is a q_sink like q exactly where sinks stay at a bounded distance."""
+    if bounded and q_sink is None:
+        raise StreamStateError(
+            "q_sink: expected queries rotated by sink_positions, since the stream's sinks stay at a bounded distance, "
+            "got None"
+        )
+    if q_sink is not None and not bounded:
+        raise StreamStateError(
+            "q_sink: expected None, since the stream has no sinks at a bounded distance, got queries"
+        )
+    if q_sink is None:
+        return
+    if not isinstance(q_sink, Tensor):
+        raise StreamStateError(f"q_sink: expected a tensor, got {type(q_sink).__name__}")
+    got, expected = (f"{x.dtype} {list(x.shape)} on {x.device}" for x in (q_sink, q))
+    if got != expected:
+        raise StreamStateError(f"q_sink: expected {expected} as q, got {got}")

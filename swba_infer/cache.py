@@ -7,20 +7,18 @@ W window tokens, S sink tokens, C = S + W slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import swba_kernels
-from swba_kernels.pattern import BlockWindow
 
 from .block import (
     Block,
     BlockTensors,
-    StagedTokens,
     check_extension,
     check_history_start,
+    check_q_sink,
     check_qkv,
     describe_call,
     normalise_lanes,
@@ -29,9 +27,8 @@ from .block import (
 from .config import StreamConfig, check_impl, check_sizes
 from .device import pick_device
 from .errors import StreamStateError
+from .positions import LanePositions
 from .snapshot import RingSnapshot, copy_layers
-
-_LANE_INDICES_KEPT = 256
 
 
 class RingKVCache:
@@ -79,14 +76,11 @@ class RingKVCache:
         with torch.inference_mode(False):
             self.k = torch.zeros(shape, dtype=dtype, device=device)
             self.v = torch.zeros(shape, dtype=dtype, device=device)
-            self.position_tensor = torch.zeros(lanes, dtype=torch.int64, device=device)
         self.device = self.k.device
+        self._positions = LanePositions(lanes, self.device)
         self.staged_peak_bytes = 0
         self._rings = list(zip(self.k.unbind(0), self.v.unbind(0), strict=True))
-        self._position = [0] * lanes
-        self._written_end = [0] * lanes
         self._block: Block | None = None
-        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     @staticmethod
     def predict_bytes(
@@ -105,6 +99,11 @@ class RingKVCache:
         return 2 * layers * lanes * kv_heads * stream.capacity_tokens * head_dim * dtype.itemsize + 8 * lanes
 
     @property
+    def position_tensor(self) -> Tensor:
+        """Committed tokens of each lane, int64 [L] on the device."""
+        return self._positions.tensor
+
+    @property
     def bytes(self) -> int:
         """Bytes that the cache holds for as long as it lives."""
         return self.k.nbytes + self.v.nbytes + self.position_tensor.nbytes
@@ -112,20 +111,27 @@ class RingKVCache:
     @property
     def staged_bytes(self) -> int:
         """Bytes of surviving keys and values that a prefill on history holds until its commit."""
-        staged = self._block.staged if self._block is not None else {}
-        return sum(part.k.nbytes + part.v.nbytes for parts in staged.values() for part in parts)
+        return 0 if self._block is None else self._block.staged_bytes
 
     @property
     def position(self) -> tuple[int, ...]:
         """Committed tokens of each lane; a host mirror of `position_tensor`, free to read."""
-        return tuple(self._position)
+        return tuple(self._positions.committed)
 
     @property
     def written_end(self) -> tuple[int, ...]:
         """How far each lane has been written beyond its position by steps that were not committed; 0 if not at all."""
-        return tuple(self._written_end)
+        return tuple(self._positions.written_end)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lanes: int | Sequence[int] | None = None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lanes: int | Sequence[int] | None = None,
+        q_sink: Tensor | None = None,
+    ) -> Tensor:
         """Write the block's k, v of one layer into the ring and attend from q to all that the block sees.
 
         The first call after a commit opens the block and fixes its size and lanes; attending a layer again starts
@@ -136,6 +142,8 @@ class RingKVCache:
             q: [B, H, N, D].
             k, v: [B, Hkv, N, D].
             lanes: lanes that take part, in the order of the rows; None for all.
+            q_sink: queries for the sinks, like q, rotated by `stream.sink_positions`; exactly where the stream has
+                sinks at a bounded distance.
 
         Returns:
             [B, H, N, D].
@@ -145,7 +153,7 @@ class RingKVCache:
                 another block than the other layers attended, or it is shorter than an abandoned step that has
                 overwritten what it would see. The stream is unchanged.
         """
-        return self._attend(layer, q, k, v, lanes, prefill=False)
+        return self._attend(layer, q, k, v, lanes, q_sink, prefill=False)
 
     def prefill(
         self,
@@ -155,6 +163,7 @@ class RingKVCache:
         v: Tensor,
         lanes: int | Sequence[int] | None = None,
         history_start: int | None = None,
+        q_sink: Tensor | None = None,
     ) -> Tensor:
         """Attend from many new blocks of one layer, on empty lanes or on top of history; as `attend` otherwise.
 
@@ -165,7 +174,7 @@ class RingKVCache:
         position, of what was there before only the sinks below it are seen and kept, and the blocks are counted back
         from the call's end. Beyond the sinks the call must fill the window, so that no slot is left stale.
         """
-        return self._attend(layer, q, k, v, lanes, prefill=True, history_start=history_start)
+        return self._attend(layer, q, k, v, lanes, q_sink, prefill=True, history_start=history_start)
 
     def commit(self) -> None:
         """Make the attended block part of the stream.
@@ -180,24 +189,19 @@ class RingKVCache:
     def abort(self) -> None:
         """Drop the block under way, if any; the stream is as before it."""
         if self._block is not None and not self._block.touched:
-            self._written_end = list(self._block.written_end_before)
+            self._positions.written_end = list(self._block.written_end_before)
         self._block = None
 
     def roll_back(self) -> None:
         """Drop the block under way, wherever it failed: the positions on the device are set from the host's."""
         self.abort()
-        self._follow_host()
+        self._positions.follow_host()
 
     def reset(self, lanes: int | Sequence[int] | None = None) -> None:
         """Make the lanes (None: all) empty streams at position 0."""
         chosen = self.normalise_lanes(lanes)
         self.abort()
-        if chosen is None:
-            self.position_tensor.zero_()
-        else:
-            self.position_tensor.index_fill_(0, self.lane_index(chosen), 0)
-        for lane in self._rows(chosen):
-            self._position[lane] = self._written_end[lane] = 0
+        self._positions.reset(chosen)
 
     def fork(self, src: int, dst: int | Sequence[int]) -> tuple[int, ...]:
         """Copy lane `src` into the lane(s) `dst`; return those lanes."""
@@ -212,9 +216,7 @@ class RingKVCache:
                 continue
             for ring in (self.k, self.v):
                 ring[:, lane, :, :used].copy_(ring[:, source, :, :used])
-            self.position_tensor[lane : lane + 1].copy_(self.position_tensor[source : source + 1])
-            self._position[lane] = self._position[source]
-            self._written_end[lane] = self._written_end[source]
+            self._positions.copy(source, lane)
         return targets
 
     def snapshot(self, device: torch.device | str | None = None) -> RingSnapshot:
@@ -232,12 +234,11 @@ class RingKVCache:
         used = snapshot.k.shape[3]
         self.k[..., :used, :].copy_(snapshot.k)
         self.v[..., :used, :].copy_(snapshot.v)
-        self._position, self._written_end = list(snapshot.position), list(snapshot.written_end)
-        self._follow_host()
+        self._positions.restore(snapshot.position, snapshot.written_end)
 
     def used_slots(self, lanes: Sequence[int] | None = None) -> int:
         """Return how many leading slots hold the history of the lanes (None: of any)."""
-        return min(max(self._position[lane] for lane in self._rows(lanes)), self.capacity)
+        return min(max(self._positions.committed[lane] for lane in self._rows(lanes)), self.capacity)
 
     def normalise_lanes(self, lanes: int | Sequence[int] | None) -> tuple[int, ...] | None:
         """Return lanes as a tuple of distinct ints, or None for all in order; raise StreamStateError if wrong."""
@@ -245,14 +246,7 @@ class RingKVCache:
 
     def lane_index(self, lanes: tuple[int, ...]) -> Tensor:
         """Return the lanes as an int64 tensor on the device; the copy does not wait for the device."""
-        index = self._indices.get(lanes)
-        if index is None:
-            if len(self._indices) >= _LANE_INDICES_KEPT:
-                self._indices.clear()
-            with torch.inference_mode(False):
-                index = torch.tensor(lanes, dtype=torch.int64).to(self.device, non_blocking=True)
-            self._indices[lanes] = index
-        return index
+        return self._positions.index(lanes)
 
     def reserve(
         self, tokens: int, lanes: tuple[int, ...] | None, *, prefill: bool = False, history_start: int | None = None
@@ -264,9 +258,9 @@ class RingKVCache:
         if self._block is not None and not self._block.touched:
             self.abort()
         rows = self._rows(lanes)
-        history = [self._position[lane] for lane in rows]
+        history = [self._positions.committed[lane] for lane in rows]
         if history_start is None:
-            written = [self._written_end[lane] for lane in rows]
+            written = [self._positions.written_end[lane] for lane in rows]
             check_extension(tokens, prefill, rows, history, written, self.stream)
         else:
             check_history_start(history_start, tokens, min(history), self.sink, self.window)
@@ -275,7 +269,7 @@ class RingKVCache:
         on_history = prefill and max(history) > 0
         block = Block(tokens, len(rows), lanes, prefill, on_history, sinks, self.written_end, history_start)
         if not prefill:
-            self._note_written(block)
+            self._positions.note_written(lanes, tokens)
         self._block = block
         return block
 
@@ -297,11 +291,20 @@ class RingKVCache:
         """Open a block: `reserve` and `bind`."""
         return self.bind(self.reserve(tokens, lanes, prefill=prefill, history_start=history_start))
 
-    def run(self, block: Block, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(self, block: Block, layer: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None = None) -> Tensor:
         """Attend one layer of an open block."""
         self._check_layer(layer)
         check_qkv(q, k, v, (block.rows, self.kv_heads, block.tokens, self.head_dim), self.dtype, self.device)
-        return self._run(block, layer, q, k, v)
+        check_q_sink(q_sink, q, self.stream.bounds_sinks)
+        return self._run(block, layer, q, k, v, q_sink)
+
+    def sink_positions(self, block: Block, positions: Tensor) -> Tensor | None:
+        """Return the positions [B, N] from which an open block at `positions` sees the sinks; None: from there."""
+        if not self.stream.bounds_sinks:
+            return None
+        start = block.bound.start[:, None]
+        ends = block.pattern(self.stream).ends(block.tokens, self.device) if block.prefill else block.tokens
+        return self.stream.sink_positions(positions, start + ends)
 
     def attended(self) -> Block:
         """Return the open block if every layer attended it, else raise StreamStateError."""
@@ -318,22 +321,16 @@ class RingKVCache:
         """Write what a prefill staged and move the positions on the device."""
         index, start, _, _ = block.bound
         if block.staged:
-            self._note_written(block)
+            self._positions.note_written(block.lanes, block.tokens)
         for layer, parts in block.staged.items():
             for offset, k, v in parts:
                 self._write(layer, k, v, start + offset, index)
-        if index is None:
-            self.position_tensor.copy_(start + block.tokens)
-        else:
-            self.position_tensor.index_copy_(0, index, start + block.tokens)
+        self._positions.advance_device(index, start + block.tokens)
 
     def advance_host(self, block: Block) -> None:
         """Follow on the host what `advance_device` did, and close the block."""
-        position, written_end = list(self._position), list(self._written_end)
-        for lane in self._rows(block.lanes):
-            position[lane] = block.tokens + (position[lane] if block.history_start is None else block.history_start)
-            written_end[lane] = 0
-        self._position, self._written_end, self._block = position, written_end, None
+        self._positions.advance_host(block.lanes, block.tokens, block.history_start)
+        self._block = None
 
     def _attend(
         self,
@@ -342,6 +339,7 @@ class RingKVCache:
         k: Tensor,
         v: Tensor,
         lanes: int | Sequence[int] | None,
+        q_sink: Tensor | None,
         *,
         prefill: bool,
         history_start: int | None = None,
@@ -350,6 +348,7 @@ class RingKVCache:
         chosen = self.normalise_lanes(lanes)
         tokens = step_tokens(k)
         check_qkv(q, k, v, (len(self._rows(chosen)), self.kv_heads, tokens, self.head_dim), self.dtype, self.device)
+        check_q_sink(q_sink, q, self.stream.bounds_sinks)
         block = self._block
         if block is None or not block.done or layer in block.done:
             block = self.open(tokens, chosen, prefill=prefill, history_start=history_start)
@@ -359,56 +358,41 @@ class RingKVCache:
                 f"layer {layer}: expected the block that other layers attended, a "
                 f"{describe_call(*block.call, self.lanes)}; got a {describe_call(*asked, self.lanes)}"
             )
-        return self._run(block, layer, q, k, v)
+        return self._run(block, layer, q, k, v, q_sink)
 
     @torch.no_grad()
-    def _run(self, block: Block, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _run(self, block: Block, layer: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None) -> Tensor:
         index, start, valid, history = block.bound
         k_ring, v_ring = self._rings[layer]
         block.touched = True
         if not block.prefill:
             self._write(layer, k, v, start, index)
-            out = swba_kernels.window_decode_attention(q, k_ring, v_ring, valid, lanes=index, impl=self.impl)
+            sink = 0 if q_sink is None else self.sink
+            out = swba_kernels.window_decode_attention(
+                q, k_ring, v_ring, valid, q_sink=q_sink, sink=sink, lanes=index, impl=self.impl
+            )
         elif block.on_history:
-            pattern = self._pattern(block)
-            out = swba_kernels.prefill_attention(q, k, v, pattern, k_ring, v_ring, history, lanes=index, impl=self.impl)
-            self._stage(block, layer, k, v)
+            pattern = block.pattern(self.stream)
+            out = swba_kernels.prefill_attention(
+                q, k, v, pattern, k_ring, v_ring, history, q_sink=q_sink, lanes=index, impl=self.impl
+            )
+            block.stage(layer, k, v, self.window)
+            self.staged_peak_bytes = max(self.staged_peak_bytes, self.staged_bytes)
         else:
-            out = swba_kernels.block_window_attention(q, k, v, self._pattern(block), impl=self.impl)
+            out = swba_kernels.block_window_attention(
+                q, k, v, block.pattern(self.stream), q_sink=q_sink, impl=self.impl
+            )
             self._write(layer, k, v, start, index)
         assert isinstance(out, Tensor)
         block.done.add(layer)
         return out
 
-    def _pattern(self, block: Block) -> BlockWindow:
-        pattern = self.stream.pattern
-        if block.history_start is not None:
-            return replace(pattern, first_block=block.tokens % pattern.block_size)
-        return replace(pattern, first_block=0) if block.on_history else pattern
-
     def _write(self, layer: int, k: Tensor, v: Tensor, position: Tensor, index: Tensor | None) -> None:
         k_ring, v_ring = self._rings[layer]
         swba_kernels.ring_write(k_ring, v_ring, k, v, position, sink=self.sink, lanes=index, impl=self.impl)
 
-    def _stage(self, block: Block, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keep a copy of the sinks and of the last window; a lane's later tokens are written over earlier ones."""
-        recent = max(0, block.tokens - self.window)
-        parts = [StagedTokens(recent, k[:, :, recent:].clone(), v[:, :, recent:].clone())]
-        if block.sink_tokens:
-            sinks = slice(0, block.sink_tokens)
-            parts.insert(0, StagedTokens(0, k[:, :, sinks].clone(), v[:, :, sinks].clone()))
-        block.staged[layer] = parts
-        self.staged_peak_bytes = max(self.staged_peak_bytes, self.staged_bytes)
-
-    def _note_written(self, block: Block) -> None:
-        for lane in self._rows(block.lanes):
-            self._written_end[lane] = max(self._written_end[lane], self._position[lane] + block.tokens)
-
-    def _follow_host(self) -> None:
-        self.position_tensor.copy_(torch.tensor(self._position, dtype=torch.int64))
-
     def _rows(self, lanes: Sequence[int] | None) -> Sequence[int]:
-        return range(self.lanes) if lanes is None else lanes
+        return self._positions.rows(lanes)
 
     def _check_layer(self, layer: int) -> None:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.layers:

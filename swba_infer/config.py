@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swba_kernels.choice import check_served
 from swba_kernels.pattern import BlockWindow
 
 from .errors import ConfigError
 
+SINK_DISTANCES = ("growing", "bounded")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -26,9 +28,13 @@ class StreamConfig:
         window_frames: most recent frames that a block sees, its own included; at least `frames_per_block`.
         sink_frames: first frames of the stream, seen for ever, in addition to the window.
         first_block_frames: frames of the first block where it is shorter than the others; 0 means it is not.
+        sink_distance: how far away a block sees the sinks. "growing": where they are, farther with every block.
+            "bounded": never farther than if they stood right before its window, in whole frames; in an endless stream
+            positions then stay within the range that the model was trained on. Keys keep their rotation; the model
+            turns a second query, see `AttentionContext.sink_positions`.
 
     Raises:
-        ConfigError: a field is not an int or is out of its range.
+        ConfigError: a field is of another type or out of its range.
     """
 
     tokens_per_frame: int
@@ -36,9 +42,14 @@ class StreamConfig:
     window_frames: int
     sink_frames: int = 0
     first_block_frames: int = 0
+    sink_distance: str = "growing"
 
     def __post_init__(self) -> None:
+        if self.sink_distance not in SINK_DISTANCES:
+            raise ConfigError(f"sink_distance: expected one of {SINK_DISTANCES}, got {self.sink_distance!r}")
         for field in fields(self):
+            if field.name == "sink_distance":
+                continue
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{field.name}: expected an int, got {type(value).__name__} {value!r}")
@@ -76,6 +87,24 @@ class StreamConfig:
         return self.sink_tokens + self.window_tokens
 
     @property
+    def bounds_sinks(self) -> bool:
+        """Whether there are sinks that stay at a bounded distance."""
+        return self.sink_distance == "bounded" and self.sink_frames > 0
+
+    def sink_positions(self, positions: Tensor, ends: Tensor) -> Tensor:
+        """Return the positions from which queries see the sinks at a bounded distance.
+
+        A block that ends at most sink + window tokens into the stream sees them from where it stands; a later one from
+        as many whole frames nearer as it is further on, so that coordinates inside a frame stay what they are.
+
+        Args:
+            positions: absolute positions of the queries, int64 [...].
+            ends: absolute end of each query's block, broadcasting against it.
+        """
+        passed = (ends - self.capacity_tokens).clamp(min=0)
+        return positions - passed.div(self.tokens_per_frame, rounding_mode="floor") * self.tokens_per_frame
+
+    @property
     def pattern(self) -> BlockWindow:
         """The pattern that trains what this stream plays."""
         return BlockWindow.from_frames(
@@ -86,7 +115,7 @@ class StreamConfig:
             first_block_frames=self.first_block_frames,
         )
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int | str]:
         """Return the fields as a plain dict, for JSON."""
         return asdict(self)
 

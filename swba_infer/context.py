@@ -15,6 +15,8 @@ from torch import Tensor
 import swba_kernels
 from swba_kernels.pattern import BlockWindow
 
+from .block import check_q_sink
+from .config import StreamConfig
 from .errors import ConfigError, StreamStateError
 
 if TYPE_CHECKING:
@@ -35,10 +37,20 @@ class AttentionContext(Protocol):
         """The model's own tensors per lane, [L, ...]; a forward reads them and never writes them."""
         ...
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def sink_positions(self) -> Tensor | None:
+        """Positions [L, N] from which queries see the sinks; None if from `positions`, like everything else.
+
+        Where it is not None, sinks stay at a bounded distance, and `attend` takes a second query q_sink, rotated by
+        these positions. No key is ever rotated twice.
+        """
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None = None) -> Tensor:
         """Attend from q [L, H, N, D] to what the pattern shows of k, v [L, Hkv, N, D] and of earlier tokens.
 
-        Keys come rotated by their absolute positions; each layer attends once in a forward.
+        Keys come rotated by their absolute positions; each layer attends once in a forward. A model that leaves out
+        q_sink where there are `sink_positions` is an error.
         """
         ...
 
@@ -63,7 +75,7 @@ class FullSequence:
     """Attend over whole sequences from position 0: training, and the other side of every consistency test.
 
     Args:
-        pattern: the block window.
+        pattern: the block window, or a `StreamConfig`, whose sinks may stay at a bounded distance.
         lanes: sequences in the batch.
         tokens: tokens of each sequence.
         device: where q, k and v live.
@@ -73,7 +85,7 @@ class FullSequence:
 
     def __init__(
         self,
-        pattern: BlockWindow,
+        pattern: BlockWindow | StreamConfig,
         lanes: int,
         tokens: int,
         device: torch.device | str | None = None,
@@ -83,14 +95,18 @@ class FullSequence:
         for name, value in (("lanes", lanes), ("tokens", tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}: expected an int of at least 1, got {value!r}")
-        self.pattern = pattern
+        self.pattern = pattern.pattern if isinstance(pattern, StreamConfig) else pattern
         self.impl = impl
         self.positions = torch.arange(tokens, device=device).expand(lanes, tokens)
+        self.sink_positions: Tensor | None = None
+        if isinstance(pattern, StreamConfig) and pattern.bounds_sinks:
+            self.sink_positions = pattern.sink_positions(self.positions, self.pattern.ends(tokens, device))
         self.state: Mapping[str, Tensor] = {} if state is None else state
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None = None) -> Tensor:
         """Attend over the sequence itself; differentiable. `layer` plays no part."""
-        out = swba_kernels.block_window_attention(q, k, v, self.pattern, impl=self.impl)
+        check_q_sink(q_sink, q, self.sink_positions is not None)
+        out = swba_kernels.block_window_attention(q, k, v, self.pattern, q_sink=q_sink, impl=self.impl)
         assert isinstance(out, Tensor)
         return out
 
@@ -109,13 +125,14 @@ class Streaming:
         self._block = block
         index, start, *_ = block.bound
         self.positions = start[:, None] + torch.arange(block.tokens, device=start.device)
+        self.sink_positions = cache.sink_positions(block, self.positions)
         rows: Mapping[str, Tensor] = {} if state is None else state
         if index is not None:
             rows = {name: value.index_select(0, index) for name, value in rows.items()}
         self.state: Mapping[str, Tensor] = MappingProxyType(dict(rows))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None = None) -> Tensor:
         """Attend the block in the ring; a second call for a layer of the same forward is an error."""
         if layer in self._block.done:
             raise StreamStateError(f"layer: expected each layer to attend once in a forward, got {layer} twice")
-        return self._cache.run(self._block, layer, q, k, v)
+        return self._cache.run(self._block, layer, q, k, v, q_sink)

@@ -70,8 +70,9 @@ class TinyModel(nn.Module):
         x = nn.functional.layer_norm(x, x.shape[-1:])
         q, k, v = self.qkv[layer](x).split([x.shape[-1], *[self.kv_heads * self.head_dim] * 2], dim=-1)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
+        q_sink = None if context.sink_positions is None else rotate(q, context.sink_positions)
         q, k = (rotate(y, context.positions) for y in (q, k))
-        out = context.attend(layer, q, k, v)
+        out = context.attend(layer, q, k, v, q_sink)
         return self.out[layer](out.transpose(1, 2).flatten(2))
 
 

@@ -138,6 +138,12 @@ class BlockWindow(_Dynamic):
         """Return the end of each block of a sequence of `n` tokens, the last clipped to `n`."""
         return [min(end, n) for end in range(self.grid_start + self.block_size, n + self.block_size, self.block_size)]
 
+    def ends(self, n: int, device: torch.device | str | None = None) -> Tensor:
+        """Return the end of each token's block in a sequence of `n` tokens, int64 [n]."""
+        token = torch.arange(n, device=device)
+        start = token - torch.remainder(token - self.grid_start, self.block_size)
+        return (start + self.block_size).clamp(max=n)
+
     def key_ranges(self, start: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the disjoint key ranges (sink_lo, sink_hi), (lo, hi) that the block [start, end) sees.
 
@@ -153,9 +159,7 @@ class BlockWindow(_Dynamic):
 
     def mask(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """Return the boolean mask [n, n], rows are queries; true where the query sees the key."""
-        token = torch.arange(n, device=device)
-        start = token - torch.remainder(token - self.grid_start, self.block_size)
-        end = (start + self.block_size).clamp(max=n)[:, None]
+        token, end = torch.arange(n, device=device), self.ends(n, device)[:, None]
         return (token < end) & ((token >= end - self.window) | (token < self.sink))
 
     def pairs(self, n: int) -> int:

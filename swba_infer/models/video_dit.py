@@ -24,6 +24,8 @@ from ..context import AttentionContext
 from ..errors import ConfigError
 from ..rope import grid_positions, rope_angles, rope_columns, turn_pairs
 
+Turn = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoDiTConfig:
@@ -131,18 +133,23 @@ class Block(nn.Module):
         self.down = nn.Linear(config.mlp, config.dim, bias=False)
         self.modulation = nn.Parameter(torch.zeros(6, config.dim))
 
-    def project(self, x: Tensor, modulation: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Map x [L, F, P, E] to q [L, H, N, D] and k, v [L, Hkv, N, D].
+    def project(
+        self, x: Tensor, modulation: Tensor, turn: Turn, sink_turn: Turn | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Map x [L, F, P, E] to q [L, H, N, D], k, v [L, Hkv, N, D] and, with `sink_turn`, q_sink [L, H, N, D].
 
         `modulation` [L, F, 1, 6, E] holds shift, scale and gate of the attention, then of the MLP; `turn` is the
-        rotation of `turn_pairs`.
+        rotation of `turn_pairs`, and `sink_turn` that of the queries for the sinks.
         """
         shift, scale = modulation[..., :2, :].unbind(-2)
         qkv = self.qkv(_modulate(x, shift, scale)).flatten(1, 2).unflatten(-1, (-1, self.head_dim))
         # The values are normed and dropped: cheaper than the copy that the norm makes of q and k alone.
         qk = F.rms_norm(qkv, (self.head_dim,), eps=1e-6)[:, :, : -self.kv_heads] * self.qk_scale
         q, k = turn_pairs(qk, *turn).to(qkv.dtype).split((self.heads, self.kv_heads), dim=2)
-        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, -self.kv_heads :].transpose(1, 2)
+        q_sink = None
+        if sink_turn is not None:
+            q_sink = turn_pairs(qk[:, :, : self.heads], *sink_turn).to(qkv.dtype).transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, -self.kv_heads :].transpose(1, 2), q_sink
 
     def absorb(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """Add the attention's result [L, H, N, D] and then the MLP to x [L, F, P, E]."""
@@ -152,10 +159,16 @@ class Block(nn.Module):
         return torch.addcmul(x, mlp_gate, self.down(F.silu(a) * b))
 
     def forward(
-        self, x: Tensor, modulation: Tensor, turn: tuple[Tensor, Tensor], context: AttentionContext, layer: int
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        turn: Turn,
+        sink_turn: Turn | None,
+        context: AttentionContext,
+        layer: int,
     ) -> Tensor:
         """Run the layer on x [L, F, P, E]."""
-        return self.absorb(x, context.attend(layer, *self.project(x, modulation, turn)), modulation)
+        return self.absorb(x, context.attend(layer, *self.project(x, modulation, turn, sink_turn)), modulation)
 
 
 class VideoDiT(nn.Module):
@@ -234,12 +247,17 @@ class VideoDiT(nn.Module):
         x = x + self.action_token(acted)[:, :, None]
         condition = F.silu(condition)
         modulation = self._modulation(condition)
-        place = grid_positions(context.positions, self.config.rows, self.config.columns)
-        turn = rope_columns(rope_angles(place, self.rope_dims, self.ROPE_THETA)[:, :, None], x.dtype)
+        turn = self._turn(context.positions, x.dtype)
+        sink_turn = None if context.sink_positions is None else self._turn(context.sink_positions, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation[layer], turn, context, layer)
+            x = block(x, modulation[layer], turn, sink_turn, context, layer)
 
         return self._head(x, detail, self.head_modulation(condition)).to(tokens.dtype)
+
+    def _turn(self, positions: Tensor, dtype: torch.dtype) -> Turn:
+        """Return the rotation at positions [L, N], for all heads."""
+        place = grid_positions(positions, self.config.rows, self.config.columns)
+        return rope_columns(rope_angles(place, self.rope_dims, self.ROPE_THETA)[:, :, None], dtype)
 
     def _modulation(self, condition: Tensor) -> Tensor:
         """Map the condition [L, F, E] to the modulation of every layer [depth, L, F, 1, 6, E], at once."""

@@ -6,7 +6,8 @@ C latent channels, p patch size.
 The architecture is that of Wan 2.1 (Wan Team 2025) as few-step causal students of it are trained (CausVid,
 Self-Forcing): parameters have the names of diffusers' `WanTransformer3DModel`. The network predicts the flow
 noise - clean. Residuals are kept in the model's dtype; norms, modulation, RoPE and the time embedding are computed in
-float32. Rotary angles come from absolute positions, so a stream has no length limit.
+float32. Rotary angles come from absolute positions, so a stream has no length limit. Where sinks stay at a bounded
+distance, queries are turned a second time, for the sinks alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ..context import AttentionContext
 from ..errors import StreamStateError
 from ..rope import apply_rope, grid_positions, rope_angles
 from .wan_config import WanConfig
+
+Turn = tuple[Tensor, Tensor]
 
 # Parameters that stay in float32 when the model runs in half precision: they are small, and what they scale is not.
 _WIDE = ("scale_shift_table", "time_embedder", "time_proj", "norm2", "norm_q", "norm_k")
@@ -106,14 +109,23 @@ class WanBlock(nn.Module):
         self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
-    def project(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map x [L, F, P, E] to q, k, v [L, H, N, D]; `modulation` is [L, F, 1, 6, E], angles are [L, N, 1, D / 2]."""
+    def project(
+        self, x: Tensor, modulation: Tensor, turn: Turn, sink_turn: Turn | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Map x [L, F, P, E] to q, k, v and, with `sink_turn`, q_sink, each [L, H, N, D].
+
+        `modulation` is [L, F, 1, 6, E].
+        """
         shift, scale = (modulation[..., :2, :] + self.scale_shift_table[:, :2]).unbind(-2)
         h = _modulate(x, shift, scale, self.eps).flatten(1, 2)
         attn = self.attn1
         q, k = _rms_norm(attn.to_q(h), attn.norm_q), _rms_norm(attn.to_k(h), attn.norm_k)
-        q, k = (apply_rope(y.unflatten(-1, (-1, self.head_dim)), cos, sin).to(x.dtype).transpose(1, 2) for y in (q, k))
-        return q, k, self._heads(attn.to_v(h))
+
+        def turned(y: Tensor, by: Turn) -> Tensor:
+            return apply_rope(y.unflatten(-1, (-1, self.head_dim)), *by).to(x.dtype).transpose(1, 2)
+
+        q_sink = None if sink_turn is None else turned(q, sink_turn)
+        return turned(q, turn), turned(k, turn), self._heads(attn.to_v(h)), q_sink
 
     def absorb(self, x: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
         """Add self-attention's result [L, H, N, D], then attention to text_k, text_v [L, H, T, D], then the MLP."""
@@ -139,10 +151,16 @@ class WanBlock(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, layer: int
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        turn: Turn,
+        sink_turn: Turn | None,
+        context: AttentionContext,
+        layer: int,
     ) -> Tensor:
         """Run the layer on x [L, F, P, E]."""
-        attended = context.attend(layer, *self.project(x, modulation, cos, sin))
+        attended = context.attend(layer, *self.project(x, modulation, turn, sink_turn))
         text_k, text_v = context.state["text_k"][:, layer], context.state["text_v"][:, layer]
         return self.absorb(x, attended, modulation, text_k, text_v)
 
@@ -184,11 +202,10 @@ class WanTransformer(nn.Module):
         x = x.unflatten(1, (frames, -1))
         condition = self._embed_time(_per_frame(timestep, lanes, frames))
         modulation = self.condition_embedder.time_proj(F.silu(condition)).unflatten(-1, (1, 6, -1))
-        coordinates = grid_positions(context.positions, self.config.rows, self.config.columns)
-        angles = rope_angles(coordinates, self.config.rope_dims)[:, :, None]
-        cos, sin = angles.cos(), angles.sin()
+        turn = self._turn(context.positions)
+        sink_turn = None if context.sink_positions is None else self._turn(context.sink_positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation, cos, sin, context, layer)
+            x = block(x, modulation, turn, sink_turn, context, layer)
         return self._head(x, condition).to(tokens.dtype)
 
     def encode_prompt(self, text: Tensor) -> dict[str, Tensor]:
@@ -220,6 +237,12 @@ class WanTransformer(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(device=device, dtype=dtype and parameter_dtype(name, dtype))
         return self
+
+    def _turn(self, positions: Tensor) -> Turn:
+        """Return cosine and sine [L, N, 1, D / 2] of the angles at positions [L, N]."""
+        coordinates = grid_positions(positions, self.config.rows, self.config.columns)
+        angles = rope_angles(coordinates, self.config.rope_dims)[:, :, None]
+        return angles.cos(), angles.sin()
 
     def _check_tokens(self, tokens: Tensor) -> tuple[int, int]:
         lanes, count, numbers = tokens.shape

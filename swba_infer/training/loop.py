@@ -86,7 +86,7 @@ class Trainer:
 
     def predict(self, tokens: Tensor, t: Tensor, actions: Tensor) -> Tensor:
         """Run the model over whole sequences."""
-        context = FullSequence(self.config.stream.pattern, tokens.shape[0], tokens.shape[1], self.device)
+        context = FullSequence(self.config.stream, tokens.shape[0], tokens.shape[1], self.device)
         mixed = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
         with mixed:
             return self.model(tokens, context, timestep=t, action=actions)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import swba_kernels
 from swba_infer import FullSequence, RingKVCache, StreamConfig, StreamingEngine
+from swba_infer.config import SINK_DISTANCES
 from swba_kernels.reference import block_window_reference
 
 FAST = settings(max_examples=120, deadline=None)
@@ -29,6 +30,7 @@ def stream_configs(draw) -> StreamConfig:
         window_frames=frames_per_block + draw(st.integers(0, 4)),
         sink_frames=draw(st.integers(0, 4)),
         first_block_frames=draw(st.integers(0, frames_per_block)),
+        sink_distance=draw(st.sampled_from(SINK_DISTANCES)),
     )
 
 
@@ -44,8 +46,9 @@ def cuts(draw, blocks: int) -> list[int]:
 class EagerSequence(FullSequence):
     """Full attention by the eager reference, in the dtype of its input."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_window_reference(q, k, v, self.pattern)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None = None) -> Tensor:
+        assert (q_sink is None) == (self.sink_positions is None)
+        return block_window_reference(q, k, v, self.pattern, q_sink=q_sink)
 
 
 @FAST
@@ -65,6 +68,11 @@ def test_blocks_through_the_ring_equal_one_full_sequence_call_and_the_reference(
         return x.transpose(1, 2)
 
     q, k, v = draw(kv_heads * group), draw(kv_heads), draw(kv_heads)
+    q_sink = draw(kv_heads * group) if stream.bounds_sinks else None
+
+    def sinks(start: int, end: int, kind: torch.dtype = dtype) -> Tensor | None:
+        return None if q_sink is None else q_sink[:, :, start:end].to(kind)
+
     cache = RingKVCache(
         layers=1, lanes=2, kv_heads=kv_heads, head_dim=8, stream=stream, dtype=dtype, device="cpu"
     )  # fmt: skip
@@ -77,14 +85,16 @@ def test_blocks_through_the_ring_equal_one_full_sequence_call_and_the_reference(
         ranges = ranges[size:]
         call = cache.prefill if size > 1 or data.draw(st.booleans()) else cache.attend
         if noise:
-            call(0, draw(kv_heads * group, end - start), draw(kv_heads, end - start), draw(kv_heads, end - start))
-        outs.append(call(0, *(x[:, :, start:end] for x in (q, k, v))))
+            other = (draw(heads, end - start) for heads in (kv_heads * group, kv_heads, kv_heads))
+            call(0, *other, q_sink=sinks(start, end))
+        outs.append(call(0, *(x[:, :, start:end] for x in (q, k, v)), q_sink=sinks(start, end)))
         cache.commit()
     streamed = torch.cat(outs, dim=2)
-    oracle = block_window_reference(q.double(), k.double(), v.double(), pattern)
-    eager = block_window_reference(q, k, v, pattern)
+    double = (x.double() for x in (q, k, v))
+    oracle = block_window_reference(*double, pattern, q_sink=sinks(0, total, torch.float64))
+    eager = block_window_reference(q, k, v, pattern, q_sink=q_sink)
     assert_close(streamed, oracle, eager, "streamed")
-    assert_close(swba_kernels.block_window_attention(q, k, v, pattern), oracle, eager, "full")
+    assert_close(swba_kernels.block_window_attention(q, k, v, pattern, q_sink=q_sink), oracle, eager, "full")
 
 
 @FAST
@@ -105,7 +115,7 @@ def test_prefill_and_steps_of_a_whole_model_equal_one_full_forward(stream, dtype
     def full(context: type[FullSequence], module: TinyModel, dtype: torch.dtype) -> Tensor:
         state = {"prompt": prompt.to(dtype)}
         with torch.no_grad():
-            made = context(pattern, lanes, total, state=state)
+            made = context(stream, lanes, total, state=state)
             return module(tokens.to(dtype), made, shift=shift.to(dtype), action=3)
 
     engine = StreamingEngine(model, stream, lanes=lanes)

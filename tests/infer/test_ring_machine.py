@@ -14,15 +14,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from swba_infer import RingKVCache, StreamConfig, StreamStateError
+from swba_infer.config import SINK_DISTANCES
 from swba_kernels.pattern import BlockWindow
 from swba_kernels.reference import block_window_reference
 
 streams = st.builds(
-    lambda tokens, block, more, sink, first: StreamConfig(
+    lambda tokens, block, more, sink, first, distance: StreamConfig(
         tokens_per_frame=tokens, frames_per_block=block, window_frames=block + more, sink_frames=sink,
-        first_block_frames=min(first, block),
+        first_block_frames=min(first, block), sink_distance=distance,
     ),
     st.integers(1, 3), st.integers(1, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 2),
+    st.sampled_from(SINK_DISTANCES),
 )  # fmt: skip
 
 
@@ -70,6 +72,10 @@ class RingMachine(RuleBasedStateMachine):
             for ring in (self.cache.k, self.cache.v):
                 ring[:, index, :, dirty] = float("nan")
 
+    def second(self, q: Tensor) -> Tensor | None:
+        """Return a query for the sinks, if the stream takes one."""
+        return -2 * q if self.stream.bounds_sinks else None
+
     def expect(self, chosen: list[int], qkv, pattern: BlockWindow, ends: list[int], layer: int) -> Tensor:
         rows = []
         q, k, v = qkv[layer]
@@ -78,8 +84,11 @@ class RingMachine(RuleBasedStateMachine):
             keys = torch.cat([old_k, k[row]], dim=1)[None]
             values = torch.cat([old_v, v[row]], dim=1)[None]
             history = old_k.shape[1]
+            one = q[row : row + 1]
             rows.append(
-                block_window_reference(q[row : row + 1], keys, values, pattern, block_ends=ends, history=history)
+                block_window_reference(
+                    one, keys, values, pattern, q_sink=self.second(one), block_ends=ends, history=history
+                )
             )
         return torch.cat(rows)
 
@@ -91,7 +100,7 @@ class RingMachine(RuleBasedStateMachine):
         ends = pattern.block_ends(tokens) if prefill else [tokens]
         attend = self.cache.prefill if prefill else self.cache.attend
         for layer in range(layers):
-            out = attend(layer, *qkv[layer], lanes=lanes)
+            out = attend(layer, *qkv[layer], lanes=lanes, q_sink=self.second(qkv[layer][0]))
             torch.testing.assert_close(out, self.expect(chosen, qkv, pattern, ends, layer), atol=1e-12, rtol=1e-10)
         if commit:
             self.cache.commit()
@@ -148,14 +157,15 @@ class RingMachine(RuleBasedStateMachine):
         qkv = draw_qkv(len(chosen), tokens, self.generator)
         if min(self.lanes[i].position for i in chosen) < kept or (start > sink and tokens < window):
             with pytest.raises(StreamStateError, match=r"history_start|tokens"):
-                self.cache.prefill(0, *qkv[0], lanes=chosen, history_start=start)
+                self.cache.prefill(0, *qkv[0], lanes=chosen, history_start=start, q_sink=self.second(qkv[0][0]))
             return
         block = self.pattern.block_size
         ends = [*range(tokens % block, tokens, block), tokens] if tokens % block else [*range(block, tokens + 1, block)]
         whole = self.lanes
         self.lanes = [replace(lane, kv=[(k[:, :kept], v[:, :kept]) for k, v in lane.kv]) for lane in whole]
         for layer in range(LAYERS):
-            out = self.cache.prefill(layer, *qkv[layer], lanes=chosen, history_start=start)
+            second = self.second(qkv[layer][0])
+            out = self.cache.prefill(layer, *qkv[layer], lanes=chosen, history_start=start, q_sink=second)
             expected = self.expect(chosen, qkv, self.pattern, ends, layer)
             torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-10)
         kept_lanes, self.lanes = self.lanes, whole

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from swba_infer.models.video_dit import VideoDiT, VideoDiTConfig, patchify, unpa
 
 CONFIG = VideoDiTConfig(height=24, width=36, dim=32, depth=2, heads=4, kv_heads=2, mlp=48, cell_dim=8)
 STREAM = StreamConfig(tokens_per_frame=6, frames_per_block=1, window_frames=3)
+BOUNDED = replace(STREAM, sink_frames=2, sink_distance="bounded")
 
 
 @pytest.fixture
@@ -28,8 +31,10 @@ def inputs(frames: int, lanes: int = 2) -> tuple[torch.Tensor, torch.Tensor, tor
     return torch.randn(lanes, 6 * frames, 432), torch.rand(lanes, frames), torch.randint(0, 7, (lanes, frames))
 
 
-def full(model: VideoDiT, tokens: torch.Tensor, t: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-    return model(tokens, FullSequence(STREAM.pattern, *tokens.shape[:2]), timestep=t, action=action)
+def full(
+    model: VideoDiT, tokens: torch.Tensor, t: torch.Tensor, action: torch.Tensor, stream: StreamConfig = STREAM
+) -> torch.Tensor:
+    return model(tokens, FullSequence(stream, *tokens.shape[:2]), timestep=t, action=action)
 
 
 def test_patches_round_trip():
@@ -50,13 +55,14 @@ def test_cells_of_a_token_stay_where_its_pixels_are(model):
     torch.testing.assert_close(cells[0].permute(1, 2, 0), silu)
 
 
-def test_streaming_equals_the_full_sequence(model):
-    tokens, t, action = inputs(7)
+@pytest.mark.parametrize("stream", [STREAM, BOUNDED], ids=["growing", "bounded"])
+def test_streaming_equals_the_full_sequence(model, stream):
+    tokens, t, action = inputs(9)
     with torch.no_grad():
-        expected = full(model, tokens, t, action)
-        engine = StreamingEngine(model, STREAM, lanes=2)
+        expected = full(model, tokens, t, action, stream)
+        engine = StreamingEngine(model, stream, lanes=2)
         parts = [engine.prefill(tokens[:, :12], timestep=t[:, :2], action=action[:, :2])]
-        for f in range(2, 7):
+        for f in range(2, 9):
             frame = tokens[:, 6 * f : 6 * f + 6]
             engine.step(torch.randn_like(frame), commit=False, timestep=1.0, action=3)
             parts.append(engine.step(frame, timestep=t[:, f], action=action[:, f]))
@@ -91,9 +97,19 @@ def test_scalar_and_per_frame_conditioning_agree(model):
     assert torch.equal(scalar, spread)
 
 
-def test_every_parameter_gets_a_gradient(model):
-    tokens, t, action = inputs(4)
-    full(model, tokens, t, action).square().mean().backward()
+def test_bounded_sinks_show_once_the_stream_is_longer_than_they_and_the_window(model):
+    tokens, t, action = inputs(8)
+    with torch.no_grad():
+        bounded = full(model, tokens, t, action, BOUNDED)
+        growing = full(model, tokens, t, action, replace(BOUNDED, sink_distance="growing"))
+    torch.testing.assert_close(bounded[:, :30], growing[:, :30])
+    assert (bounded - growing)[:, 30:].abs().amax(-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("stream", [STREAM, BOUNDED], ids=["growing", "bounded"])
+def test_every_parameter_gets_a_gradient(model, stream):
+    tokens, t, action = inputs(6)
+    full(model, tokens, t, action, stream).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from swba_infer.wan.synthetic import random_wan
 
 TOKENS = SIZES.tokens_per_frame
 STREAM = StreamConfig(tokens_per_frame=TOKENS, frames_per_block=2, window_frames=4, sink_frames=1)
+BOUNDED = replace(STREAM, sink_distance="bounded")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +36,8 @@ def draw(frames: int, lanes: int = 2) -> Tensor:
     return torch.randn(lanes, frames * TOKENS, SIZES.token_channels, generator=generator)
 
 
-def engine_of(model: WanTransformer, text: Tensor, **options) -> StreamingEngine:
-    engine = StreamingEngine(model, STREAM, lanes=2, **options)
+def engine_of(model: WanTransformer, text: Tensor, stream: StreamConfig = STREAM) -> StreamingEngine:
+    engine = StreamingEngine(model, stream, lanes=2)
     for name, value in model.encode_prompt(text).items():
         engine.set_state(name, value)
     return engine
@@ -50,12 +53,13 @@ def test_patches_round_trip_and_hold_the_pixels_of_their_place():
     assert torch.equal(tokens[:, frame * TOKENS + row * 3 + column], cell.flatten(1))
 
 
-def test_streaming_equals_the_full_sequence(model, text):
+@pytest.mark.parametrize("stream", [STREAM, BOUNDED], ids=["growing", "bounded"])
+def test_streaming_equals_the_full_sequence(model, text, stream):
     tokens = draw(14)
-    context = FullSequence(STREAM.pattern, 2, 14 * TOKENS, state=model.encode_prompt(text))
+    context = FullSequence(stream, 2, 14 * TOKENS, state=model.encode_prompt(text))
     with torch.no_grad():
         expected = model(tokens, context, timestep=0.0)
-    engine = engine_of(model, text)
+    engine = engine_of(model, text, stream)
     parts = [engine.prefill(tokens[:, : 4 * TOKENS], timestep=0)]
     for start in range(4 * TOKENS, 14 * TOKENS, STREAM.block_tokens):
         block = tokens[:, start : start + STREAM.block_tokens]
@@ -90,9 +94,22 @@ def test_scalar_lane_and_frame_timesteps_agree_and_a_frames_timestep_is_its_own(
     assert (mixed[1] - scalar[1])[TOKENS:].abs().max() > 1e-3
 
 
-def test_every_parameter_gets_a_gradient_the_prompts_path_included(text):
+def test_bounded_sinks_show_once_the_stream_is_longer_than_they_and_the_window(model, text):
+    tokens = draw(10)
+    outs = []
+    for stream in (STREAM, BOUNDED):
+        context = FullSequence(stream, 2, 10 * TOKENS, state=model.encode_prompt(text))
+        with torch.no_grad():
+            outs.append(model(tokens, context, timestep=0.0))
+    near = 4 * TOKENS
+    torch.testing.assert_close(outs[0][:, :near], outs[1][:, :near])
+    assert (outs[0] - outs[1])[:, near:].abs().amax(-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("stream", [STREAM, BOUNDED], ids=["growing", "bounded"])
+def test_every_parameter_gets_a_gradient_the_prompts_path_included(text, stream):
     model = random_wan(SIZES, device="cpu", dtype=torch.float32).requires_grad_(True)
-    context = FullSequence(STREAM.pattern, 2, 6 * TOKENS, state=model.encode_prompt(text))
+    context = FullSequence(stream, 2, 6 * TOKENS, state=model.encode_prompt(text))
     model(draw(6), context, timestep=torch.full((2, 6), 300.0)).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 
@@ -112,16 +129,17 @@ def test_a_saved_stream_carries_its_prompt_and_knows_its_latent_size(model, text
         other.load(tmp_path / "stream.safetensors")
 
 
-def test_what_lies_between_attention_calls_is_one_graph_for_all_layers(text):
+@pytest.mark.parametrize("stream", [STREAM, BOUNDED], ids=["growing", "bounded"])
+def test_what_lies_between_attention_calls_is_one_graph_for_all_layers(text, stream):
     """Through Dynamo without a code generator: no graph break, and no recompilation from layer to layer."""
     model = random_wan(SIZES, device="cpu", dtype=torch.float32)
-    expected = engine_of(model, text).step(draw(2), timestep=700)
+    expected = engine_of(model, text, stream).step(draw(2), timestep=700)
     counter = CompileCounter()
     for block in model.blocks:
         assert isinstance(block, WanBlock)
         block.project = torch.compile(block.project, backend=counter, fullgraph=True, dynamic=False)
         block.absorb = torch.compile(block.absorb, backend=counter, fullgraph=True, dynamic=False)
-    engine = engine_of(model, text)
+    engine = engine_of(model, text, stream)
     for level in (700.0, 300.0, 700.0):
         out = engine.step(draw(2), commit=False, timestep=level)
     torch.testing.assert_close(out, expected)
