@@ -86,7 +86,8 @@ def run_prompt(args: argparse.Namespace) -> int:
     prompts, negative = _encode_texts(args, schedule, base, device)
     generator = WanGenerator.from_pretrained(
         args.model, base, device=device, size=size, frames_per_block=_given(args.frames_per_block, 3),
-        window_frames=_given(args.window, 21), sink_frames=_given(args.sinks, 0), compile=args.compile,
+        window_frames=_given(args.window, 21), sink_frames=_given(args.sinks, 0),
+        sink_distance=args.sink_distance or "growing", compile=args.compile,
         sampler=sampler, fps=fps, check_finite=args.check,
     )  # fmt: skip
     if prompts is None:

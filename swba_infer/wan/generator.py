@@ -114,6 +114,7 @@ class WanGenerator:
         frames_per_block: int = 3,
         window_frames: int = 21,
         sink_frames: int = 0,
+        sink_distance: str = "growing",
         compile: bool = False,
         **options: Any,
     ) -> WanGenerator:
@@ -126,6 +127,7 @@ class WanGenerator:
             dtype: default: bfloat16 on CUDA, else float32.
             size: height and width in pixels; default: 480 x 832, or 704 x 1280 for the autoencoder of Wan 2.2.
             frames_per_block, window_frames, sink_frames: in latent frames, as the checkpoint was trained.
+            sink_distance: "bounded" keeps the sinks right before the window; see `StreamConfig`.
             compile: run transformer and decoder through torch.compile; the first blocks then take minutes.
             options: see `WanGenerator`.
 
@@ -143,7 +145,7 @@ class WanGenerator:
             compile_layers(transformer)
         stream = StreamConfig(
             tokens_per_frame=transformer.config.tokens_per_frame, frames_per_block=frames_per_block,
-            window_frames=window_frames, sink_frames=sink_frames,
+            window_frames=window_frames, sink_frames=sink_frames, sink_distance=sink_distance,
         )  # fmt: skip
         return cls(transformer, vae, stream, **{"encoder": folder, **options})
 
@@ -205,12 +207,13 @@ class WanGenerator:
         *,
         window_frames: int | None = None,
         sink_frames: int | None = None,
+        sink_distance: str | None = None,
         sampler: RenoisingSampler | None = None,
     ) -> None:
-        """Change window, sinks or sampler of all lanes between blocks.
+        """Change window, sinks, their distance or the sampler of all lanes between blocks.
 
-        Another window or other sinks take a new engine with rings of their own, filled from the kept latents and
-        swapped in when that has succeeded; old and new rings are held at once meanwhile.
+        All but the sampler take a new engine with rings of their own, filled from the kept latents and swapped in when
+        that has succeeded; old and new rings are held at once meanwhile.
 
         Raises:
             ConfigError: sizes that cannot work, latents that were not kept, or guidance switched on or off.
@@ -220,7 +223,7 @@ class WanGenerator:
                 f"guidance: expected it to stay {'on' if self._guided else 'off'}, got {sampler.guidance}"
             )
         old = self.engine
-        given = {"window_frames": window_frames, "sink_frames": sink_frames}
+        given = {"window_frames": window_frames, "sink_frames": sink_frames, "sink_distance": sink_distance}
         stream = replace(old.stream, **{name: value for name, value in given.items() if value is not None})
         if stream != old.stream:
             engine = StreamingEngine(old.model, stream, lanes=old.lanes, **self._options)

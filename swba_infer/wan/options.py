@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..config import SINK_DISTANCES
 from ..errors import ConfigError
 
 _WORLD_ONLY = ("actions", "sheet")
 _PROMPTS = ("prompt", "prompts", "prompt_embeds")
-_OTHERS = ("negative", "base", "seconds", "size", "frames_per_block", "window", "sinks", "guidance")
+_OTHERS = ("negative", "base", "seconds", "size", "frames_per_block", "window", "sinks", "sink_distance", "guidance")
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,11 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frames-per-block", type=int, help="latent frames that are drawn together (default: 3)")
     group.add_argument("--window", type=int, help="latent frames that a block sees (default: 21)")
     group.add_argument("--sinks", type=int, help="first latent frames that are seen for ever (default: 0)")
+    group.add_argument(
+        "--sink-distance",
+        choices=SINK_DISTANCES,
+        help="whether a block sees the sinks from where it stands or from a bounded distance (default: growing)",
+    )
     group.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default: 1, none)")
 
 

@@ -67,6 +67,18 @@ def test_a_prompt_makes_a_video_and_says_how_fast(model, embeds, tmp_path, capsy
     assert "ms a block" in captured.err
 
 
+def test_sinks_at_a_bounded_distance_make_another_video_once_the_window_is_full(model, embeds, tmp_path):
+    videos = []
+    for distance in ("growing", "bounded"):
+        out = tmp_path / f"{distance}.mp4"
+        options = ("--prompt-embeds", embeds, "--frames", 32, "--sinks", "1", "--sink-distance", distance)
+        assert main(arguments(model, out, *options)) == 0
+        videos.append(read_frames(out))
+    differ = (videos[0] != videos[1]).reshape(32, -1).any(axis=1)
+    assert not differ[:13].any()
+    assert differ[-1]
+
+
 def test_the_same_seed_gives_the_same_file(model, embeds, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         options = ("--prompt-embeds", embeds, "--frames", 16, "--seed", seed)

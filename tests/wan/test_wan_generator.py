@@ -49,8 +49,14 @@ def started(blocks: int = 4, **options: Any) -> Any:
 @pytest.mark.parametrize("context_noise", [0.0, 100.0])
 @pytest.mark.parametrize(
     "stream",
-    [STREAM, replace(STREAM, sink_frames=0), replace(STREAM, window_frames=3), replace(STREAM, first_block_frames=1)],
-    ids=["sinks", "no sinks", "odd window", "first block"],
+    [
+        STREAM,
+        replace(STREAM, sink_frames=0),
+        replace(STREAM, window_frames=3),
+        replace(STREAM, first_block_frames=1),
+        replace(STREAM, sink_distance="bounded"),
+    ],
+    ids=["sinks", "no sinks", "odd window", "first block", "bounded sinks"],
 )
 def test_a_stream_is_what_full_recomputation_of_every_step_gives(stream, context_noise):
     """Without engine, rings or decoder cache: the whole sequence through the model for each denoising step."""
@@ -68,7 +74,7 @@ def test_a_stream_is_what_full_recomputation_of_every_step_gives(stream, context
         times = torch.full((1, count), level)
         times[:, -x.shape[2] :] = timestep
         with torch.no_grad():
-            out = model(tokens, FullSequence(stream.pattern, 1, tokens.shape[1], state=state), timestep=times)
+            out = model(tokens, FullSequence(stream, 1, tokens.shape[1], state=state), timestep=times)
         return unpatchify(out[:, -x.shape[2] * TOKENS :], 4, 6)
 
     for block in range(5):
@@ -160,6 +166,31 @@ def test_another_window_equals_a_fresh_stream_of_the_same_latents(window, sink):
     assert_same(generator.engine.snapshot(), engine.snapshot())
     collect(generator, 2)
     assert generator.position == (16,)
+
+
+def test_the_distance_of_the_sinks_changes_between_blocks_and_is_saved(tmp_path):
+    generator = started(6)
+    growing = generator.engine
+    generator.reconfigure(sink_distance="bounded")
+    stream = replace(STREAM, sink_distance="bounded")
+    assert generator.engine.stream == stream
+    engine = fresh_engine(generator, embedding(1), stream)
+    engine.prefill(patchify(latents_of(generator, 0, 1)), timestep=0, history_start=0)
+    engine.prefill(patchify(latents_of(generator, 8, 12)), timestep=0, history_start=8 * TOKENS)
+    bounded = generator.engine.snapshot()
+    assert_same(bounded, engine.snapshot())
+    assert (bounded.ring.k[1] - growing.snapshot().ring.k[1]).abs().max() > 1e-5
+    generator.save(tmp_path / "stream.safetensors")
+    again = make_generator(stream, sampler=SAMPLER)
+    again.load(tmp_path / "stream.safetensors")
+    assert np.array_equal(collect(again, 2), collect(generator, 2))
+    with pytest.raises(CheckpointError, match="sink_distance 'growing', got 'bounded'"):
+        make_generator(sampler=SAMPLER).load(tmp_path / "stream.safetensors")
+    generator.reconfigure(sink_distance="growing")
+    assert generator.engine.stream == STREAM
+    with pytest.raises(ConfigError, match="sink_distance: expected one of"):
+        generator.reconfigure(sink_distance="near")
+    assert generator.engine.stream == STREAM
 
 
 def test_step_counts_change_between_blocks_without_touching_the_rings():
