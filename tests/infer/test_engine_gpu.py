@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,22 @@ from tiny_model import TinyModel
 from tolerance import assert_close
 from torch import Tensor
 
-from swba_infer import RingKVCache, StreamConfig, StreamingEngine
+from swba_infer import FullSequence, RingKVCache, StreamConfig, StreamingEngine
 from swba_kernels.reference import block_window_reference
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 STREAM = StreamConfig(tokens_per_frame=20, frames_per_block=2, window_frames=7, sink_frames=1)
+BOUNDED = replace(STREAM, sink_distance="bounded")
 BLOCK, CHANNELS = STREAM.block_tokens, 16
 
 
-def make_engine(lanes: int = 2, cuda_graph: bool = True, dtype: torch.dtype = torch.bfloat16) -> StreamingEngine:
+def make_engine(
+    lanes: int = 2, cuda_graph: bool = True, dtype: torch.dtype = torch.bfloat16, stream: StreamConfig = STREAM
+) -> StreamingEngine:
     model = TinyModel(layers=3, heads=4, kv_heads=2, head_dim=64, channels=CHANNELS, state=True)
-    engine = StreamingEngine(model, STREAM, lanes=lanes, device=DEVICE, dtype=dtype, cuda_graph=cuda_graph)
+    engine = StreamingEngine(model, stream, lanes=lanes, device=DEVICE, dtype=dtype, cuda_graph=cuda_graph)
     engine.set_state("prompt", draw(lanes, 256, seed=1).to(dtype))
     for ring in (engine.cache.k, engine.cache.v):
         ring.fill_(float("nan"))
@@ -71,10 +75,11 @@ def perform(engine: StreamingEngine, path: Path) -> list[Tensor]:
     return outs
 
 
+@pytest.mark.parametrize("stream", [STREAM, BOUNDED], ids=["growing", "bounded"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_captured_stream_has_the_bits_of_an_eager_one(tmp_path, dtype):
-    captured = perform(make_engine(dtype=dtype), tmp_path)
-    eager = perform(make_engine(dtype=dtype, cuda_graph=False), tmp_path)
+def test_a_captured_stream_has_the_bits_of_an_eager_one(tmp_path, dtype, stream):
+    captured = perform(make_engine(dtype=dtype, stream=stream), tmp_path)
+    eager = perform(make_engine(dtype=dtype, cuda_graph=False, stream=stream), tmp_path)
     for i, (a, b) in enumerate(zip(captured, eager, strict=True)):
         assert torch.isfinite(a).all(), i
         assert torch.equal(a, b), i
@@ -100,9 +105,21 @@ def test_what_a_captured_step_returns_belongs_to_the_caller():
     assert not out.is_inference()
 
 
+def test_streaming_with_bounded_sinks_equals_the_full_sequence():
+    engine = make_engine(dtype=torch.float32, stream=BOUNDED)
+    given = tokens(count=30 * BLOCK)
+    parts = [engine.prefill(given[:, : 5 * BLOCK])]
+    parts += [engine.step(part) for part in given[:, 5 * BLOCK : 25 * BLOCK].split(BLOCK, dim=1)]
+    parts.append(engine.prefill(given[:, 25 * BLOCK :]))
+    with torch.no_grad():
+        full = engine.model(given, FullSequence(BOUNDED, 2, given.shape[1], DEVICE, state=engine.state))
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stream", [STREAM, BOUNDED], ids=["growing", "bounded"])
 @pytest.mark.parametrize("cuda_graph", [True, False])
-def test_a_step_never_waits_for_the_device(cuda_graph):
-    engine = make_engine(cuda_graph=cuda_graph)
+def test_a_step_never_waits_for_the_device(cuda_graph, stream):
+    engine = make_engine(cuda_graph=cuda_graph, stream=stream)
     given = [tokens(seed=i) for i in range(3)]
     shift = draw(2)
 
