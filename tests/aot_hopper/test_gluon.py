@@ -22,7 +22,15 @@ SPILLS = {
     "3.6": {"fused_kernel": 32, "fused_narrow_kernel": 32},  # five matmuls in one kernel fill the registers
     "3.7": {"fused_kernel": 40, "fused_narrow_kernel": 32},
     "3.9": {"fused_kernel": 32, "fused_narrow_kernel": 32, "_forward": 144, "decode_persistent": 152},
-    "3.9 q_sink": {"decode_persistent": 192},
+    "3.6 q_sink": {"_forward": 8, "dkv_kernel": 40, "fused_kernel": 72, "fused_narrow_kernel": 56},  # all outside loops
+    "3.7 q_sink": {"_forward": 8, "dkv_kernel": 40, "fused_kernel": 80, "fused_narrow_kernel": 56},
+    "3.9 q_sink": {
+        "_forward": 152,
+        "dkv_kernel": 40,
+        "fused_kernel": 56,
+        "fused_narrow_kernel": 56,
+        "decode_persistent": 192,
+    },
 }
 
 
@@ -36,7 +44,7 @@ def rows(count: int) -> torch.Tensor:
     return torch.empty(count, dtype=torch.int64, device="meta")
 
 
-def train(shape: Shape) -> None:
+def train(shape: Shape, sink: int = 0) -> None:
     from swba_kernels.hopper.backward import CONFIGS, Fused, backward
     from swba_kernels.hopper.forward import forward
 
@@ -44,14 +52,17 @@ def train(shape: Shape) -> None:
     q = empty(shape.batch, shape.heads, n, shape.head_dim, dtype=dtype)
     k, v = (empty(shape.batch, kv_heads, n, shape.head_dim, dtype=dtype) for _ in range(2))
     p = shape.pattern
-    options = {"block_size": p.block_size, "window": p.window, "sink": p.sink, "grid_start": p.grid_start}
+    options = {"block_size": p.block_size, "window": p.window, "sink": sink or p.sink, "grid_start": p.grid_start}
+    options["q_sink"] = torch.empty_like(q) if sink else None
     out, lse = forward(q, k, v, scale=0.1, **options)
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
     configs = [config for (head_dim, _), config in CONFIGS.items() if head_dim == shape.head_dim]
-    configs += [config._replace(turn_rows=128) for config in configs if isinstance(config, Fused)]
+    if not sink:
+        configs += [config._replace(turn_rows=128) for config in configs if isinstance(config, Fused)]
     for config in configs:
-        grads = backward(torch.empty_like(q), q, k, v, out, lse, scale=0.1, config=config, **options)
+        *grads, of_sinks = backward(torch.empty_like(q), q, k, v, out, lse, scale=0.1, config=config, **options)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+        assert of_sinks.shape == q.shape if sink else of_sinks is None
 
 
 def stream(shape: Shape, lanes: torch.Tensor | None = None, sink: int = 0) -> None:
@@ -65,7 +76,7 @@ def stream(shape: Shape, lanes: torch.Tensor | None = None, sink: int = 0) -> No
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
 
 
-def prefill(head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | None) -> None:
+def prefill(head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | None, apart: bool = False) -> None:
     from swba_kernels.hopper.forward import forward
     from swba_kernels.portable.forward import Ring
 
@@ -73,7 +84,8 @@ def prefill(head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | Non
     k = empty(2, 4, 3 * block_size, head_dim, dtype=torch.bfloat16)
     ring = torch.empty(3, 4, sink + 4 * block_size, head_dim, dtype=torch.bfloat16, device="meta")
     options = {"block_size": block_size, "window": 4 * block_size, "sink": sink, "grid_start": 0}
-    forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(2), lanes), **options)
+    q_sink = torch.empty_like(q) if apart else None
+    forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(2), lanes), q_sink=q_sink, **options)
 
 
 PREFILLS = [
@@ -109,6 +121,7 @@ def test_training_kernels(shape: Shape) -> None:
     launches = compile_launches(lambda: train(shape))
     assert {name for name, _ in launches} > {"_forward"}
     check(launches)
+    check(compile_launches(lambda: train(shape, sink=100)), " q_sink")
 
 
 @pytest.mark.parametrize("shape", SETS["decode"] + SETS["odd-decode"], ids=lambda shape: shape.name)
@@ -127,3 +140,6 @@ def test_prefill_kernels(head_dim: int, block_size: int, sink: int, lanes: bool)
     launches = compile_launches(lambda: prefill(head_dim, block_size, sink, rows(2) if lanes else None))
     assert [name for name, _ in launches] == ["_forward"]
     check(launches)
+    if sink:
+        launches = compile_launches(lambda: prefill(head_dim, block_size, sink, rows(2) if lanes else None, True))
+        check(launches, " q_sink")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_close, assert_lse_close
+from kernel_cases import Case, check_backward, check_forward, check_prefill
+from tolerance import assert_close, assert_lse_close, cancellation
 from torch import Tensor
 
 import swba_kernels
-from swba_kernels import reference
+from swba_kernels import BlockWindow, reference
 
 pytest.importorskip("triton")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -157,3 +158,179 @@ def test_layouts_of_the_second_query_and_a_negative_scale() -> None:
             eager = reference.decode_reference(first, k, v, filled, q_sink=second, **options)
             out = swba_kernels.window_decode_attention(first, k, v, filled, q_sink=second, impl="hopper", **options)
             assert_close(out, oracle, eager)
+
+
+def sizes(pattern: BlockWindow) -> dict[str, int]:
+    names = ("block_size", "window", "sink", "grid_start")
+    return dict(zip(names, pattern.sizes, strict=True))
+
+
+def forward(q, k, v, q_sink, pattern, **options) -> tuple[Tensor, Tensor]:
+    from swba_kernels.hopper.forward import forward
+
+    return forward(q, k, v, q_sink=q_sink, scale=q.shape[-1] ** -0.5, **sizes(pattern), **options)
+
+
+def patterns(sink: int) -> list[tuple[BlockWindow, int]]:
+    """Return patterns and lengths: sinks that end inside and at the end of a block, and that hold the whole call."""
+    return [
+        (BlockWindow(150, 400, sink, 37), sink + 600),
+        (BlockWindow(256, 300, sink), sink + 300),
+        (BlockWindow(sink, 2 * sink, sink), 3 * sink + 5),
+        (BlockWindow(100, 100, sink), max(sink - 1, 1)),
+    ]
+
+
+def draw_call(n: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """Return q, k, v and q_sink."""
+    heads = (4, 2, 2, 4)
+    return tuple(draw(1, h, n, head_dim, seed=seed, dtype=dtype) for seed, h in enumerate(heads))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sink", EDGES)
+def test_forward_at_every_edge_by_every_configuration(sink, head_dim) -> None:
+    from swba_kernels.hopper.forward import CONFIGS
+
+    for pattern, n in patterns(sink):
+        q, k, v, q_sink = draw_call(n, head_dim)
+        oracle, oracle_lse = reference.block_window_reference(
+            *(x.double() for x in (q, k, v)), pattern, q_sink=q_sink.double(), return_lse=True
+        )
+        eager = reference.block_window_reference(q, k, v, pattern, q_sink=q_sink)
+        for config in CONFIGS[head_dim]:
+            out, lse = forward(q, k, v, q_sink, pattern, config=config)
+            assert_close(out, oracle, eager, f"{pattern} {config}")
+            assert_lse_close(lse, oracle_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_forward_and_gradients_through_the_public_function(dtype) -> None:
+    for case in (
+        Case(BlockWindow(144, 432, 100), 700, heads=6, kv_heads=2, head_dim=64),
+        Case(BlockWindow(333, 700, 333, 20), 900, heads=3, kv_heads=3, head_dim=128),
+    ):
+        check_forward(case, dtype, "hopper", "cuda", bounded=True)
+        check_backward(case, dtype, "hopper", "cuda", bounded=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sink", [1, 64, 129, 200])
+def test_prefill_on_rings_at_every_stage(sink, head_dim) -> None:
+    from swba_kernels.portable.forward import Ring
+
+    pattern, spare = BlockWindow(150, 450, sink), 33
+    total = sink + 450 + spare
+    stages = [0, 1, sink - 1, sink, sink + 1, 149, total - 1, total, total + 230, 3 * total + 17]
+    lanes = torch.randperm(len(stages), generator=torch.Generator("cuda").manual_seed(sink), device="cuda")
+    shape = (2, len(stages) + 1, 2, total, head_dim)
+    k_ring, v_ring = torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16)
+    for lane, stage in zip(lanes.tolist(), stages, strict=True):
+        _, filled = reference.ring_layout(stage, total, sink)
+        for seed, ring in enumerate((k_ring, v_ring)):
+            if filled:
+                ring[lane, :, filled] = draw(1, 2, len(filled), head_dim, seed=lane + 50 * seed)[0]
+    position = torch.tensor(stages, device="cuda")
+    for n in (40, 150, 500):
+        q, q_sink = (draw(len(stages), 4, n, head_dim, seed=seed) for seed in (1, 2))
+        k, v = (draw(len(stages), 2, n, head_dim, seed=seed) for seed in (3, 4))
+        out, lse = forward(q, k, v, q_sink, pattern, ring=Ring(k_ring, v_ring, position, lanes))
+        oracle, oracle_lse = reference.prefill_reference(
+            q.double(), k.double(), v.double(), pattern, k_ring.double(), v_ring.double(), position,
+            lanes=lanes, q_sink=q_sink.double(), return_lse=True,
+        )  # fmt: skip
+        eager = reference.prefill_reference(q, k, v, pattern, k_ring, v_ring, position, lanes=lanes, q_sink=q_sink)
+        assert_close(out, oracle, eager)
+        assert_lse_close(lse, oracle_lse)
+
+
+def test_prefill_through_the_public_function() -> None:
+    for seed, pattern in enumerate((BlockWindow(129, 700, 10), BlockWindow(60, 100, 64), BlockWindow(300, 300, 128))):
+        for head_dim in (64, 128):
+            case = Case(pattern, 310, 4, 2, head_dim)
+            check_prefill(case, torch.bfloat16, "hopper", "cuda", seed, spare=seed, bounded=True)
+
+
+def gradients(
+    inputs: tuple[Tensor, ...], dout: Tensor, pattern: BlockWindow, deterministic: bool
+) -> tuple[Tensor, ...]:
+    """Return dq, dk, dv and dq_sink."""
+    from swba_kernels.hopper.backward import backward
+
+    q, k, v, q_sink = inputs
+    out, lse = forward(*inputs, pattern)
+    options = {"scale": q.shape[-1] ** -0.5, "q_sink": q_sink, "deterministic": deterministic}
+    return backward(dout, q, k, v, out, lse, **options, **sizes(pattern))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sink", EDGES)
+def test_gradients_at_every_edge(sink, head_dim) -> None:
+    for pattern, n in patterns(sink):
+        inputs = draw_call(n, head_dim)
+        dout = draw(1, 4, n, head_dim, seed=9)
+
+        def by_autograd(dtype: torch.dtype, inputs=inputs, dout=dout, pattern=pattern) -> tuple[Tensor, ...]:
+            leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
+            out = reference.block_window_reference(*leaves[:3], pattern, q_sink=leaves[3])
+            return torch.autograd.grad(out, leaves, dout.to(dtype))
+
+        q, k, v, q_sink = inputs
+        of_q, of_k, of_q_sink = cancellation(q, k, v, dout, pattern, head_dim**-0.5, q_sink)
+        floors = (of_q, of_k, None, of_q_sink)
+        oracle, eager = by_autograd(torch.float64), by_autograd(torch.bfloat16)
+        for deterministic in (True, False):
+            actual = gradients(inputs, dout, pattern, deterministic)
+            for name, *numbers in zip(("dq", "dk", "dv", "dq_sink"), actual, oracle, eager, floors, strict=True):
+                assert_close(*numbers[:3], f"{name} {pattern} N{n} {deterministic}", numbers[3])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_results_repeat_bit_for_bit(head_dim) -> None:
+    pattern = BlockWindow(333, 999, 70, 20)
+    inputs, dout = draw_call(3000, head_dim), draw(1, 4, 3000, head_dim, seed=9)
+    first = (*forward(*inputs, pattern), *gradients(inputs, dout, pattern, True))
+    for _ in range(20):
+        again = (*forward(*inputs, pattern), *gradients(inputs, dout, pattern, True))
+        assert all(map(torch.equal, again, first))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_nan_of_hidden_tokens_reaches_nobody(deterministic) -> None:
+    """Sinks, blocks and window are multiples of the tiles here: what shares a tile shares its NaN (0 x NaN)."""
+    pattern, n, token = BlockWindow(256, 512, 128), 1500, 700
+    mask = pattern.mask(n, "cuda")
+    lost_queries = mask[:, token].clone()
+    lost_keys = mask[lost_queries].any(0)
+    dout = draw(1, 4, n, 128, seed=9)
+    results = []
+    for value in (0.0, float("nan")):
+        inputs = draw_call(n, 128)
+        for x in inputs:
+            x[:, :, token] = value
+        out, lse = forward(*inputs, pattern)
+        dq, dk, dv, dq_sink = gradients(inputs, dout, pattern, deterministic)
+        of_queries = (x[:, :, ~lost_queries] for x in (out, lse, dq, dq_sink))
+        results.append((*of_queries, *(x[:, :, ~lost_keys] for x in (dk, dv))))
+    assert lost_keys.any()
+    assert not lost_keys.all()
+    for a, b in zip(*results, strict=True):
+        assert torch.isfinite(b).all()
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+
+
+def test_equal_queries_give_what_one_query_gives() -> None:
+    pattern = BlockWindow(200, 500, 130)
+    q, k, v, _ = draw_call(1500, 128)
+    dout = draw(1, 4, 1500, 128, seed=9)
+    from swba_kernels.hopper.backward import backward
+    from swba_kernels.hopper.forward import forward as plain
+
+    out, lse = plain(q, k, v, scale=0.1, **sizes(pattern))
+    dq, dk, dv, none = backward(dout, q, k, v, out, lse, scale=0.1, **sizes(pattern))
+    assert none is None
+    second, second_lse = plain(q, k, v, scale=0.1, q_sink=q, **sizes(pattern))
+    actual = backward(dout, q, k, v, second, second_lse, scale=0.1, q_sink=q, **sizes(pattern))
+    pairs = ((second, out), (second_lse, lse), (actual[0] + actual[3], dq), (actual[1], dk), (actual[2], dv))
+    for a, e in pairs:
+        torch.testing.assert_close(a, e, atol=2e-2, rtol=2e-2)

@@ -165,6 +165,7 @@ class _Call(NamedTuple):
     """What all kernels of one call share."""
 
     q: Tensor
+    q_sink: Tensor | None
     k: Tensor
     v: Tensor
     dout: Tensor
@@ -173,36 +174,73 @@ class _Call(NamedTuple):
     scale: float
     pattern: tuple[int, int, int, int, int]
 
+    def key_tiles(self, keys: int) -> int:
+        """Return how many tiles of `keys` a head has; none holds sinks and others if those are read apart."""
+        n, _, _, sink, _ = self.pattern
+        return triton.cdiv(n, keys) if self.q_sink is None else triton.cdiv(sink, keys) + triton.cdiv(n - sink, keys)
 
-def _split(call: _Call, config: Split, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    q, k, v, dout, lse2, delta, scale, pattern = call
+
+class _Gradients(NamedTuple):
+    q: Tensor
+    q_sink: Tensor | None
+    k: Tensor
+    v: Tensor
+
+    def key_descriptors(self, sink: int) -> tuple[TensorDescriptor | None, ...]:
+        """Return those of dk and dv, and of the rows in them that belong to sinks, if sinks are read apart."""
+        ends = (None, None) if self.q_sink is None else (self.k[:, :, :sink], self.v[:, :, :sink])
+        return tuple(None if x is None else descriptor(x, 64) for x in (self.k, self.v, *ends))
+
+
+def _maybe(x: Tensor | None, rows: int) -> TensorDescriptor | None:
+    return None if x is None else descriptor(x, rows)
+
+
+def _split(call: _Call, config: Split, grads: _Gradients) -> None:
+    q, q_sink, k, v, dout, lse2, delta, scale, pattern = call
     batch, heads, n, head_dim = q.shape
-    group = heads // k.shape[1]
+    group, sink = heads // k.shape[1], pattern[3]
     walk = config.dkv
-    tiles = triton.cdiv(n, walk.warpgroups * 64)
+    tiles = call.key_tiles(walk.warpgroups * 64)
     dkv_kernel[(tiles * batch * k.shape[1],)](
-        descriptor(q, walk.rows), descriptor(dout, walk.rows), descriptor(k, 64), descriptor(v, 64),
-        row_descriptor(lse2, walk.rows), row_descriptor(delta, walk.rows), descriptor(dk, 64), descriptor(dv, 64),
-        scale * LOG2E, *pattern, heads, group, tiles,
+        descriptor(q, walk.rows), _maybe(q_sink, walk.rows), descriptor(dout, walk.rows),
+        descriptor(k, 64), descriptor(v, 64), row_descriptor(lse2, walk.rows), row_descriptor(delta, walk.rows),
+        *grads.key_descriptors(sink), scale * LOG2E, *pattern, heads, group, tiles,
         WARPGROUPS=walk.warpgroups, BLOCK_M=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
-        num_warps=4,
+        Q_SINK=q_sink is not None, num_warps=4,
     )  # fmt: skip
     walk = config.dq
     tiles = triton.cdiv(n, walk.warpgroups * 64)
-    dq_kernel[(tiles * batch * heads,)](
-        descriptor(q, 64), descriptor(dout, 64), descriptor(k, walk.rows), descriptor(v, walk.rows),
-        descriptor(dq, 64), lse2, delta, scale * LOG2E, *pattern[:1], lse2.stride(0), *pattern[1:], heads, group, tiles,
+    programs, rest, rest_programs = tiles * batch * heads, None, None
+    if q_sink is not None:
+        rest = _first_reader_of_others(pattern)
+        grads.q[:, :, :rest].zero_()
+        rest_programs = triton.cdiv(n - rest, walk.warpgroups * 64) * batch * heads
+        programs += rest_programs
+    dq_kernel[(programs,)](
+        descriptor(q, 64), _maybe(q_sink, 64), descriptor(dout, 64), descriptor(k, walk.rows), descriptor(v, walk.rows),
+        descriptor(grads.q, 64), _maybe(grads.q_sink, 64), lse2, delta,
+        scale * LOG2E, *pattern[:1], lse2.stride(0), *pattern[1:], heads, group, tiles, rest, rest_programs,
         WARPGROUPS=walk.warpgroups, BLOCK_N=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
-        num_warps=4,
+        Q_SINK=q_sink is not None, num_warps=4,
     )  # fmt: skip
 
 
-def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    q, k, v, dout, lse2, delta, scale, pattern = call
+def _first_reader_of_others(pattern: tuple[int, int, int, int, int]) -> int:
+    """Return the first query that sees a key which is no sink: its block is the first to end behind the sinks."""
+    n, block_size, _, sink, grid_start = pattern
+    return n if sink >= n else max(sink - (sink - grid_start) % block_size, 0)
+
+
+def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
+    q, q_sink, k, v, dout, lse2, delta, scale, pattern = call
     batch, heads, n, head_dim = q.shape
     rows, keys = 64, 128
-    tiles, work = triton.cdiv(n, rows), triton.cdiv(n, keys) * batch * k.shape[1]
-    size = (batch, heads, tiles * head_dim, 64)
+    tiles, work = triton.cdiv(n, rows), call.key_tiles(keys) * batch * k.shape[1]
+    if q_sink is not None and config.turn_rows:
+        raise ValueError(f"config: expected turn_rows 0 with q_sink, got {config.turn_rows}")
+    targets = (grads.q,) if grads.q_sink is None else (grads.q, grads.q_sink)
+    size = (len(targets) * batch, heads, tiles * head_dim, 64)
     if config.turn_rows:  # the first to add to a tile writes it instead
         sums = torch.empty(size, dtype=torch.float32, device=q.device)
         counters = torch.zeros(4 + batch * heads * triton.cdiv(n, config.turn_rows), dtype=torch.int32, device=q.device)
@@ -210,21 +248,23 @@ def _fused(call: _Call, config: Fused, dq: Tensor, dk: Tensor, dv: Tensor) -> No
         sums = torch.zeros(size, dtype=torch.float32, device=q.device)
         counters = torch.empty(4, dtype=torch.int32, device=q.device)
     arguments = (
-        descriptor(q, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, 64),
+        descriptor(q, rows), _maybe(q_sink, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, 64),
         row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, head_dim),
-        descriptor(dk, 64), descriptor(dv, 64), counters[4:], counters,
+        *grads.key_descriptors(pattern[3]), counters[4:], counters,
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
     )  # fmt: skip
     constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "REGISTERS": config.registers}
     constants |= {"TOGETHER": config.together, "TURN_ROWS": config.turn_rows, "num_warps": 4}
+    constants["Q_SINK"] = q_sink is not None
     if head_dim == 128:
         fused_kernel[(work,)](*arguments, **constants)
     else:
         rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
         fused_narrow_kernel[(work,)](*arguments, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants)
-    cast_kernel[(tiles * batch * heads,)](
-        sums, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles, D=head_dim, num_warps=4
-    )
+    for x, dq in zip(sums.chunk(len(targets)), targets, strict=True):
+        cast_kernel[(tiles * batch * heads,)](
+            x, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles, D=head_dim, num_warps=4
+        )
 
 
 def backward(
@@ -240,33 +280,36 @@ def backward(
     window: int,
     sink: int,
     grid_start: int,
+    q_sink: Tensor | None = None,
     deterministic: bool = True,
     config: Split | Fused | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv) of the forward call that gave `out` and `lse`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (dq, dk, dv, dq_sink) of the forward call that gave `out` and `lse`.
 
     Args:
         dout, q, out: [B, H, N, D], fp16 or bf16, D 64 or 128.
         k, v: [B, Hkv, N, D].
         lse: natural log-sum-exp, float32 [B, H, N].
         scale, block_size, window, sink, grid_start: as in the forward call.
+        q_sink: the queries that read sinks, as in the forward call.
         deterministic: give the same bits every time, or the fastest way: dq is then summed in float32 in any order.
         config: replaces the table's choice.
 
     Returns:
-        Gradients with the dtypes and layouts of q, k and v.
+        Gradients with the dtypes and layouts of q, k, v and q_sink; None for the latter without it.
     """
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    of_sinks = None if q_sink is None else torch.empty_like(q_sink)
+    grads = _Gradients(torch.empty_like(q), of_sinks, torch.empty_like(k), torch.empty_like(v))
     if q.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
+        return grads.q, grads.k.zero_(), grads.v.zero_(), grads.q_sink
     dout, out, lse = copyable(dout), copyable(out), lse.contiguous()
     lse2, delta = row_terms(out, dout, lse)
     n = q.shape[2]
     pattern = (n, min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
-    call = _Call(q, k, v, dout, lse2, delta, scale, pattern)
+    call = _Call(q, q_sink, k, v, dout, lse2, delta, scale, pattern)
     config = config or CONFIGS[q.shape[3], deterministic]
     if isinstance(config, Split):
-        _split(call, config, dq, dk, dv)
+        _split(call, config, grads)
     else:
-        _fused(call, config, dq, dk, dv)
-    return dq, dk, dv
+        _fused(call, config, grads)
+    return grads.q, grads.k, grads.v, grads.q_sink

@@ -16,24 +16,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_ranges import latest_row, queries_of, query_walk
-from .backward_shared import LN2, load_row_terms, row_box, store_tile, weigh
+from .backward_ranges import latest_row, pattern_of, place_apart, queries_of, query_walk
+from .backward_shared import LN2, load_apart, load_row_terms, row_box, store_tile, store_tile_apart, weigh
 from .compat import box, tma_load
 from .pipeline import counting, next_stage
 
 
 @gluon.jit
-def _key_tile(kv_heads, tiles, WARPGROUPS: gl.constexpr):
-    """Return (batch row, kv head, first key) of this program."""
+def _key_tile(kv_heads, tiles, pattern, WARPGROUPS: gl.constexpr, Q_SINK: gl.constexpr):
+    """Return (whether keys are sinks, pattern, batch row, kv head, first key) of this program; `tiles` of a head."""
     pid = gl.program_id(0)
-    i_kv = pid // tiles
-    return i_kv // kv_heads, i_kv % kv_heads, pid % tiles * (WARPGROUPS * 64)
+    if Q_SINK:
+        all_heads = gl.num_programs(0) // tiles
+        in_sinks, i_b, i_h, first = place_apart(pid, kv_heads, all_heads, pattern, WARPGROUPS * 64, 1)
+        return in_sinks, pattern_of(in_sinks, pattern), i_b, i_h, first
+    else:
+        i_kv = pid // tiles
+        return False, pattern, i_kv // kv_heads, i_kv % kv_heads, pid % tiles * (WARPGROUPS * 64)
 
 
 @gluon.jit
-def _produce(inputs, buffers, barriers, pattern, shape):
+def _produce(inputs, buffers, barriers, pattern, shape, Q_SINK: gl.constexpr):
     """Load the keys and values once, then every tile of queries with its terms, head by head."""
-    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
+    q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _ = buffers
     keys_full, full, empty = barriers
     heads, group, tiles = shape
@@ -41,7 +46,7 @@ def _produce(inputs, buffers, barriers, pattern, shape):
     STAGES: gl.constexpr = q_smem.shape[0]
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     D: gl.constexpr = q_smem.shape[2]
-    i_b, i_h, first = _key_tile(heads // group, tiles, WARPGROUPS)
+    in_sinks, pattern, i_b, i_h, first = _key_tile(heads // group, tiles, pattern, WARPGROUPS, Q_SINK)
     start, stop, _, _ = query_walk(first, pattern, WARPGROUPS * 64)
     latest = latest_row(stop, pattern, BLOCK_M)
     all_heads = gl.num_programs(0) // tiles * group
@@ -57,7 +62,10 @@ def _produce(inputs, buffers, barriers, pattern, shape):
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
-            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+            if Q_SINK:
+                load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage))
+            else:
+                tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
             tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
             load_row_terms(lse_desc, i_b * heads + i_head, all_heads, row, ready, lse_smem.index(stage))
             load_row_terms(delta_desc, i_b * heads + i_head, all_heads, row, ready, delta_smem.index(stage))
@@ -65,14 +73,14 @@ def _produce(inputs, buffers, barriers, pattern, shape):
 
 
 @gluon.jit
-def _consume(outputs, buffers, barriers, scale2, pattern, shape, WARPGROUP: gl.constexpr):
+def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr):
     """Fold tile after tile of queries into dk and dv of 64 keys:
 
     S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
     Two warpgroups have registers to spare at head dim 64: dV and dK of a tile run beside S^T and dP^T of the next.
     """
-    dk_desc, dv_desc = outputs
+    dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem = buffers
     keys_full, full, empty = barriers
     heads, group, tiles = shape
@@ -84,7 +92,7 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, WARPGROUP: gl.c
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    i_b, i_h, first = _key_tile(heads // group, tiles, WARPGROUPS)
+    in_sinks, pattern, i_b, i_h, first = _key_tile(heads // group, tiles, pattern, WARPGROUPS, Q_SINK)
     start, stop, all_start, all_stop = query_walk(first, pattern, WARPGROUPS * 64)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
@@ -142,16 +150,22 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, WARPGROUP: gl.c
             stage, phase = next_stage(stage, phase, STAGES)
             row += BLOCK_M
             row = gl.where(row < stop, row, start)
-    store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), k, D)
-    store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
+    first += WARPGROUP * 64
+    if Q_SINK:
+        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), k, D)
+        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, first, dv.to(DTYPE), v, D)
+    else:
+        store_tile(dk_desc, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), k, D)
+        store_tile(dv_desc, i_b, i_h, first, dv.to(DTYPE), v, D)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "tiles"])
 def dkv_kernel(
-    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, dk_desc, dv_desc,
+    q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc,
     scale2, n, block_size, window, sink, grid_start, heads, group, tiles,
     WARPGROUPS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own WARPGROUPS x 64 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first."""
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -171,22 +185,22 @@ def dkv_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     fence_async_shared()
-    inputs = (q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
-    outputs = (dk_desc, dv_desc)
+    inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
+    outputs = (dk_desc, dv_desc, dk_sink_desc, dv_sink_desc)
     buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem)
     barriers = (keys_full, full, empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, tiles)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_produce, (inputs, buffers, barriers, pattern, shape)),
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 0)),
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 1)),
+            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 0)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (inputs, buffers, barriers, pattern, shape)),
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 0)),
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 1)),
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, 2)),
+            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 0)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 1)),
+            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 2)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

@@ -15,36 +15,55 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_ranges import block_end, key_tile, key_walk
-from .backward_shared import LN2, clear_past, store_tile
+from .backward_ranges import block_end, key_tile, key_walk, key_walk_apart, pattern_of
+from .backward_shared import LN2, clear_past, load_apart, store_tile, store_tile_apart
 from .compat import box, tma_load
 from .pipeline import counting, next_stage
 
 
 @gluon.jit
-def _query_tile(heads, tiles, WARPGROUPS: gl.constexpr):
-    """Return (batch row, head, first query) of this program."""
+def _query_tile(shape, pattern, WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, Q_SINK: gl.constexpr):
+    """Return (whether keys are sinks, batch row, head, first query, its tiles of keys, their walk) of this program.
+
+    With Q_SINK the queries that see other keys, those from `rest` on, go first.
+    """
+    heads, _, tiles, rest, rest_programs = shape
+    ROWS: gl.constexpr = WARPGROUPS * 64
     pid = gl.program_id(0)
-    i_bh = pid // tiles
-    return i_bh // heads, i_bh % heads, (tiles - 1 - pid % tiles) * (WARPGROUPS * 64)
+    if Q_SINK:
+        in_sinks = pid >= rest_programs
+        start = gl.where(in_sinks, 0, rest)
+        pid -= gl.where(in_sinks, rest_programs, 0)
+        tiles = gl.where(in_sinks, tiles, (pattern[0] - rest + ROWS - 1) // ROWS)
+        i_bh = pid // tiles
+        first = start + (tiles - 1 - pid % tiles) * ROWS
+        count, walk = key_walk_apart(first, in_sinks, pattern, ROWS, BLOCK_N)
+        return in_sinks, i_bh // heads, i_bh % heads, first, count, walk
+    else:
+        i_bh = pid // tiles
+        first = (tiles - 1 - pid % tiles) * ROWS
+        count, walk = key_walk(first, pattern, ROWS, BLOCK_N)
+        return False, i_bh // heads, i_bh % heads, first, count, walk
 
 
 @gluon.jit
-def _produce(inputs, buffers, barriers, pattern, shape):
+def _produce(inputs, buffers, barriers, pattern, shape, Q_SINK: gl.constexpr):
     """Load the queries and the gradients of their outputs once, then every tile of keys and values."""
-    q_desc, grad_desc, k_desc, v_desc = inputs
+    q_desc, q_sink_desc, grad_desc, k_desc, v_desc = inputs
     q_smem, grad_smem, k_smem, v_smem, _ = buffers
     rows_full, full, empty = barriers
-    heads, group, tiles = shape
+    group = shape[1]
     WARPGROUPS: gl.constexpr = q_smem.shape[0]
     STAGES: gl.constexpr = k_smem.shape[0]
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     D: gl.constexpr = k_smem.shape[2]
-    i_b, i_h, first = _query_tile(heads, tiles, WARPGROUPS)
-    count, walk = key_walk(first, pattern, WARPGROUPS * 64, BLOCK_N)
+    in_sinks, i_b, i_h, first, count, walk = _query_tile(shape, pattern, WARPGROUPS, BLOCK_N, Q_SINK)
     mbarrier.expect(rows_full, 2 * WARPGROUPS * 64 * D * 2)
     for w in gl.static_range(WARPGROUPS):
-        tma_load(q_desc, [i_b, i_h, first + w * 64, 0], rows_full, box(q_smem.index(w), 64, D))
+        if Q_SINK:
+            load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_h, first + w * 64, 0], rows_full, q_smem.index(w))
+        else:
+            tma_load(q_desc, [i_b, i_h, first + w * 64, 0], rows_full, box(q_smem.index(w), 64, D))
         tma_load(grad_desc, [i_b, i_h, first + w * 64, 0], rows_full, box(grad_smem.index(w), 64, D))
     stage = 0
     phase = 1
@@ -82,16 +101,18 @@ def _slopes(
 
 
 @gluon.jit
-def _consume(outputs, buffers, barriers, scale2, terms_stride, pattern, shape, WARPGROUP: gl.constexpr):
+def _consume(
+    outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr
+):
     """Fold tile after tile of keys into dq of 64 queries:
 
     S = Q K^T | dP = dO V^T | dQ += dS K of the tile before | P = exp2(S - lse) | dS = P (dP - delta)
     """
-    dq_desc, p_lse, p_delta = outputs
+    dq_desc, dq_sink_desc, p_lse, p_delta = outputs
     q_smem, grad_smem, k_smem, v_smem, count_smem = buffers
     rows_full, full, empty = barriers
     n, _, _, _, _ = pattern
-    heads, _, tiles = shape
+    heads = shape[0]
     DTYPE: gl.constexpr = q_smem.dtype
     WARPGROUPS: gl.constexpr = q_smem.shape[0]
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -100,8 +121,9 @@ def _consume(outputs, buffers, barriers, scale2, terms_stride, pattern, shape, W
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    i_b, i_h, first = _query_tile(heads, tiles, WARPGROUPS)
-    count, walk = key_walk(first, pattern, WARPGROUPS * 64, BLOCK_N)
+    in_sinks, i_b, i_h, first, count, walk = _query_tile(shape, pattern, WARPGROUPS, BLOCK_N, Q_SINK)
+    if Q_SINK:
+        pattern = pattern_of(in_sinks, pattern)
     row = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     at = (i_b * heads + i_h).to(gl.int64) * terms_stride + row
     lse2 = gl.load(p_lse + at, mask=row < n, other=0.0)
@@ -136,19 +158,25 @@ def _consume(outputs, buffers, barriers, scale2, terms_stride, pattern, shape, W
         mbarrier.arrive(empty.index(before), count=1)
     dq = warpgroup_mma(ds, k_smem.index(stage), dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
-    store_tile(dq_desc, i_b, i_h, first + WARPGROUP * 64, (dq * (scale2 * LN2)).to(DTYPE), q, D)
+    first += WARPGROUP * 64
+    if Q_SINK:
+        store_tile_apart(dq_desc, dq_sink_desc, in_sinks, i_b, i_h, first, (dq * (scale2 * LN2)).to(DTYPE), q, D)
+    else:
+        store_tile(dq_desc, i_b, i_h, first, (dq * (scale2 * LN2)).to(DTYPE), q, D)
     tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "n", "terms_stride", "block_size", "window", "sink", "grid_start", "heads", "group", "tiles",
+        "n", "terms_stride", "block_size", "window", "sink", "grid_start", "heads", "group", "tiles", "rest",
+        "rest_programs",
     ]
 )  # fmt: skip
 def dq_kernel(
-    q_desc, grad_desc, k_desc, v_desc, dq_desc, p_lse, p_delta,
-    scale2, n, terms_stride, block_size, window, sink, grid_start, heads, group, tiles,
+    q_desc, q_sink_desc, grad_desc, k_desc, v_desc, dq_desc, dq_sink_desc, p_lse, p_delta,
+    scale2, n, terms_stride, block_size, window, sink, grid_start, heads, group, tiles, rest, rest_programs,
     WARPGROUPS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own WARPGROUPS x 64 queries of one head. Late tiles, which see most, go first."""
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -166,22 +194,22 @@ def dq_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     fence_async_shared()
-    inputs = (q_desc, grad_desc, k_desc, v_desc)
-    outputs = (dq_desc, p_lse, p_delta)
+    inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc)
+    outputs = (dq_desc, dq_sink_desc, p_lse, p_delta)
     buffers = (q_smem, grad_smem, k_smem, v_smem, count_smem)
     barriers = (rows_full, full, empty)
     pattern = (n, block_size, window, sink, grid_start)
-    shape = (heads, group, tiles)
+    shape = (heads, group, tiles, rest, rest_programs)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_produce, (inputs, buffers, barriers, pattern, shape)),
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, 0)),
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, 1)),
+            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
+            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 0)),
+            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (inputs, buffers, barriers, pattern, shape)),
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, 0)),
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, 1)),
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, 2)),
+            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
+            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 0)),
+            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 1)),
+            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 2)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

@@ -7,6 +7,8 @@ in global memory. "_t" marks transposed tiles (keys are rows).
 Query tiles lie on a fixed grid here, so that a tile of dQ is one place in memory.
 """
 
+# ruff: noqa: RUF059 (tuples travel whole between the partitions; each names all that it gets)
+
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -20,16 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
-from .backward_ranges import place, queries_of, turn_at, walk_grid
-from .backward_shared import LN2, row_box, store_tile, weigh
+from .backward_ranges import hide_others, queries_of, turn_at, walk_grid, work_of
+from .backward_shared import LN2, load_apart, row_box, store_tile, store_tile_apart, weigh
 from .compat import box, tma_load, tma_store, view
 from .pipeline import counting, next_stage
 
 
 @gluon.jit
 def _consume(
-    outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER: gl.constexpr, WARPGROUP: gl.constexpr
-):
+    outputs, buffers, barriers, i_work, scale2, pattern, shape,
+    TOGETHER: gl.constexpr, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
     """Fold tile after tile of queries into dk and dv of 64 keys, and compute half of what the tile of keys adds to dQ:
 
     dQ = dS K of the tile before | S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO |
@@ -38,7 +41,7 @@ def _consume(
     dQ comes one tile late, when the other warpgroup has long written its dS: they hardly wait for each other. The first
     dQ is made of whatever shared memory held, and dropped.
     """
-    _, dk_desc, dv_desc, _ = outputs
+    _, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, _ = outputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem = buffers
     keys_full, full, empty, ds_full, dq_full, dq_empty = barriers
     heads, group, kv_in_all = shape
@@ -52,10 +55,12 @@ def _consume(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N, TOGETHER)
-    start, stop, all_start, all_stop = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
+    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, TOGETHER, Q_SINK)
+    start, stop, all_start, all_stop = walk_grid(first, part, BLOCK_M, BLOCK_N)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-    seen_from, seen_to = queries_of(keys, pattern)
+    seen_from, seen_to = queries_of(keys, part)
+    if Q_SINK:
+        seen_to, all_start = hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, BLOCK_N)
     edges = (seen_from, seen_to, all_start, all_stop, stop)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     k_columns = k_smem.slice(WARPGROUP * HALF, HALF, dim=1)
@@ -104,9 +109,15 @@ def _consume(
     dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
     fence_async_shared()
     mbarrier.arrive(dq_full, count=1)
-    store_tile(dv_desc, i_b, i_h, first + WARPGROUP * 64, dv.to(DTYPE), v, D)
-    tma.store_wait(0)
-    store_tile(dk_desc, i_b, i_h, first + WARPGROUP * 64, (dk * (scale2 * LN2)).to(DTYPE), v, D)
+    first += WARPGROUP * 64
+    if Q_SINK:
+        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, first, dv.to(DTYPE), v, D)
+        tma.store_wait(0)
+        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), v, D)
+    else:
+        store_tile(dv_desc, i_b, i_h, first, dv.to(DTYPE), v, D)
+        tma.store_wait(0)
+        store_tile(dk_desc, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), v, D)
     tma.store_wait(0)
 
 
@@ -121,14 +132,17 @@ def _next_tile(i_head, row, start, stop, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr):
+def _copy(
+    inputs, outputs, buffers, barriers, i_work, pattern, shape,
+    TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
+):  # fmt: skip
     """Load the keys and values once, then every tile of queries with its terms, and add the tiles of dQ as they come.
 
     The consumers free a buffer at the end of a step and hand over dQ early in the next one, in this order. In turn, the
     first tile of keys writes instead of adding.
     """
-    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
-    sum_desc, _, _, p_turns = outputs
+    q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
+    sum_desc, _, _, _, _, p_turns = outputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, dq_smem = buffers
     keys_full, full, empty, _, dq_full, dq_empty = barriers
     heads, group, kv_in_all = shape
@@ -137,8 +151,8 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: 
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     SUM_ROWS: gl.constexpr = dq_smem.shape[0]
-    i_b, i_h, first = place(i_work, heads // group, kv_in_all, pattern, BLOCK_N, TOGETHER)
-    start, stop, _, _ = walk_grid(first, pattern, BLOCK_M, BLOCK_N)
+    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, TOGETHER, Q_SINK)
+    start, stop, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N)
     mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
     tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
     for w in gl.static_range(2):
@@ -157,7 +171,10 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: 
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
-            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+            if Q_SINK:
+                load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage))
+            else:
+                tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
             tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
             tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
             tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
@@ -177,16 +194,16 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: 
                     await_turn(p_turn, turn[1])
                 mbarrier.wait(dq_full, sum_phase)
                 if turn[4]:
-                    tma_store(sum_desc, [i_b, i_added, at, 0], way_out)
+                    tma_store(sum_desc, [i_sums, i_added, at, 0], way_out)
                 else:
-                    tma_add(sum_desc, [i_b, i_added, at, 0], way_out)
+                    tma_add(sum_desc, [i_sums, i_added, at, 0], way_out)
                 tma.store_wait(0)
                 mbarrier.arrive(dq_empty, count=1)
                 if turn[3]:
                     pass_turn(p_turn, turn[1] + 1)
             else:
                 mbarrier.wait(dq_full, sum_phase)
-                tma_add(sum_desc, [i_b, i_added, at, 0], way_out)
+                tma_add(sum_desc, [i_sums, i_added, at, 0], way_out)
                 tma.store_wait(0)
                 mbarrier.arrive(dq_empty, count=1)
             i_added, added = _next_tile(i_added, added, start, stop, BLOCK_M)
@@ -194,10 +211,11 @@ def _copy(inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER: 
 
 @gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all"])
 def fused_kernel(
-    q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc, dk_desc, dv_desc, p_turns, p_ticket,
+    q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc,
+    dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns, p_ticket,
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all,
     BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
 
@@ -234,14 +252,14 @@ def fused_kernel(
         i_work = gl.atomic_add(p_ticket, 1)
     else:
         i_work = gl.program_id(0)
-    inputs = (q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
-    outputs = (sum_desc, dk_desc, dv_desc, p_turns)
+    inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
+    outputs = (sum_desc, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns)
     buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem)
     barriers = (keys_full, full, empty, ds_full, dq_full, dq_empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all)
     gl.warp_specialize([
-        (_copy, (inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER, TURN_ROWS)),
-        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, 0)),
-        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, 1)),
+        (_copy, (inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER, TURN_ROWS, Q_SINK)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, Q_SINK, 0)),
+        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, Q_SINK, 1)),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

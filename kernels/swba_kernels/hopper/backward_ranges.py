@@ -1,6 +1,7 @@
 """The block window as the backward kernels walk it: which queries meet a tile of keys, which keys a tile of queries.
 
-`pattern` is (n, block_size, window, sink, grid_start), in tokens.
+`pattern` is (n, block_size, window, sink, grid_start), in tokens. Where sinks are read by queries of their own, the
+gradients fall into two parts that share no key: that of the sinks and that of all other keys. Each walks by itself.
 
 Tiles lie on a fixed grid of the sequence and may straddle blocks, so that nothing is padded; only tiles at the edge of
 somebody's range need an element mask. The tests run these functions on numpy arrays: keep them free of anything but
@@ -139,3 +140,61 @@ def turn_at(
     begins = (row % TURN_ROWS == 0) | (row == start)
     ends = ((row + BLOCK_M) % TURN_ROWS == 0) | (row + BLOCK_M >= stop)
     return counter, turn, begins, ends, turn_of(first, row, pattern, BLOCK_N, BLOCK_M) == 0
+
+
+@gluon.jit
+def pattern_of(in_sinks, pattern):
+    """Return the pattern as one of the two parts has it: who sees a sink sees all, and other keys are no sinks."""
+    n, block_size, window, _, grid_start = pattern
+    return n, block_size, gl.where(in_sinks, n, window), 0, grid_start
+
+
+@gluon.jit
+def place_apart(i_work, kv_heads, all_heads, pattern, BLOCK_N: gl.constexpr, TOGETHER: gl.constexpr):
+    """Return (in_sinks, batch row, kv head, first key) of a piece of work; sinks, which most queries see, go first."""
+    n, block_size, window, sink, grid_start = pattern
+    sink_work = (sink + BLOCK_N - 1) // BLOCK_N * all_heads
+    in_sinks = i_work < sink_work
+    keys = gl.where(in_sinks, sink, n - sink)
+    i_work -= gl.where(in_sinks, 0, sink_work)
+    of_part = (keys, block_size, window, sink, grid_start)
+    i_b, i_h, first = place(i_work, kv_heads, all_heads, of_part, BLOCK_N, TOGETHER)
+    return in_sinks, i_b, i_h, first + gl.where(in_sinks, 0, sink)
+
+
+@gluon.jit
+def work_of(i_work, pattern, shape, BLOCK_N: gl.constexpr, TOGETHER: gl.constexpr, Q_SINK: gl.constexpr):
+    """Return (in_sinks, pattern, batch row, kv head, first key, batch row of the sums) of a piece of work.
+
+    The sums of queries that read sinks follow those of all others.
+    """
+    heads, group, kv_in_all = shape
+    kv_heads = heads // group
+    if Q_SINK:
+        in_sinks, i_b, i_h, first = place_apart(i_work, kv_heads, kv_in_all, pattern, BLOCK_N, TOGETHER)
+        i_sum = i_b + gl.where(in_sinks, kv_in_all // kv_heads, 0)
+        return in_sinks, pattern_of(in_sinks, pattern), i_b, i_h, first, i_sum
+    else:
+        i_b, i_h, first = place(i_work, kv_heads, kv_in_all, pattern, BLOCK_N, TOGETHER)
+        return False, pattern, i_b, i_h, first, i_b
+
+
+@gluon.jit
+def hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, KEYS: gl.constexpr):
+    """Return (seen_to, all_start) without the keys that a tile of sinks holds behind them: no query sees those."""
+    n, _, _, sink, _ = pattern
+    last = gl.where(in_sinks, sink, n)
+    return gl.where(keys < last, seen_to, seen_from), gl.where(first + KEYS > last, n, all_start)
+
+
+@gluon.jit
+def key_walk_apart(first, in_sinks, pattern, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Return (tiles, walk) as `key_walk`, over the sinks or over the other keys; some row sees some of them."""
+    n, _, window, sink, _ = pattern
+    end_first = block_end(first, pattern)
+    end_last = block_end(gl.minimum(first + ROWS, n) - 1, pattern)
+    left = gl.where(in_sinks, 0, gl.maximum(end_first - window, sink))
+    past = gl.where(in_sinks, sink, n)
+    stop = gl.minimum(end_last, past)
+    all_left = gl.where(in_sinks, 0, end_last - window)
+    return (stop - left + COLUMNS - 1) // COLUMNS, (0, 0, left, all_left, gl.minimum(end_first, past), stop)

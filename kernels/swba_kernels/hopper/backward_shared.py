@@ -28,6 +28,14 @@ def load_row_terms(desc, i_head, heads, row, full, buffer):
 
 
 @gluon.jit
+def load_apart(desc, sink_desc, in_sinks, at, full, buffer):
+    """Copy a tile of the queries that read sinks, or of those that read other keys, into a buffer [ROWS, D]."""
+    tile = box(buffer, buffer.shape[0], buffer.shape[1])
+    tma_load(sink_desc, at, full, tile, pred=in_sinks)
+    tma_load(desc, at, full, tile, pred=in_sinks == 0)
+
+
+@gluon.jit
 def row_terms(buffer, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """Read one number per query from a box [1, ROWS]."""
     return view(buffer, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(LAYOUT)
@@ -89,3 +97,12 @@ def store_tile(desc, i_b, i_h, row, x, buffer, D: gl.constexpr):
     fence_async_shared()
     cta_barrier()
     tma_store(desc, [i_b, i_h, row, 0], box(buffer, 64, D))
+
+
+@gluon.jit
+def store_tile_apart(desc, sink_desc, in_sinks, i_b, i_h, row, x, buffer, D: gl.constexpr):
+    """Send 64 rows as `store_tile`: sinks by a descriptor that ends where they end, for others own the rows behind."""
+    if in_sinks:
+        store_tile(sink_desc, i_b, i_h, row, x, buffer, D)
+    else:
+        store_tile(desc, i_b, i_h, row, x, buffer, D)

@@ -33,11 +33,12 @@ from .launch import descriptor, multiprocessors
     do_not_specialize_on_alignment=["p_position", "p_lanes"],
 )  # fmt: skip
 def _forward(
-    q_desc, k_desc, v_desc, out_desc, ring_k_desc, ring_v_desc, p_out, p_lse, p_position, p_lanes, s_ob, s_oh, s_on,
-    scale2, heads, group, n, block_size, window, sink, grid_start, ring_window,
+    q_desc, q_sink_desc, k_desc, v_desc, out_desc, ring_k_desc, ring_v_desc, p_out, p_lse, p_position, p_lanes,
+    s_ob, s_oh, s_on, scale2, heads, group, n, block_size, window, sink, grid_start, ring_window,
     heavy_items, group_items, last, per_block, lacking, heavy, light, full, rest,
     GROUPS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, TURNS: gl.constexpr, SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr,
+    Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Set up shared memory and barriers, then split into one producer and GROUPS consumers."""
     ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -61,7 +62,7 @@ def _forward(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=GROUPS)
     fence_async_shared()
-    inputs = Inputs(q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc)
+    inputs = Inputs(q_desc, q_sink_desc, k_desc, v_desc, ring_k_desc, ring_v_desc)
     outputs = Outputs(out_desc, p_out, s_ob, s_oh, s_on, p_lse)
     buffers = Buffers(q_smem, k_smem, v_smem, out_smem)
     bars = Bars(q_full, q_empty, k_full, k_empty, v_full, v_empty)
@@ -69,28 +70,28 @@ def _forward(
         heads, group, n, block_size, window, sink, grid_start, ring_window, p_position, p_lanes,
         heavy_items, group_items, last, per_block, lacking, heavy, light, full, rest,
     )  # fmt: skip
-    SEGMENTS: gl.constexpr = 4 if RING else (2 if SINKS else 1)
+    SEGMENTS: gl.constexpr = (5 if Q_SINK else 4) if RING else (2 if SINKS else 1)
     # Constants cannot sit in a tuple bound to a name, so the argument lists are spelled out.
     if GROUPS == 2:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 1)),
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     elif GROUPS == 3:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 1)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 2)),
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 1)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 2)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 1)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 2)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, TURNS, 3)),
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 1)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 2)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 3)),
         ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def forward(
     window: int,
     sink: int,
     grid_start: int,
+    q_sink: Tensor | None = None,
     ring: Ring | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -153,6 +155,7 @@ def forward(
         scale: factor on the scores.
         block_size, window, sink: the pattern, in tokens; sinks count from the start of the stream.
         grid_start: start of the block grid relative to the call's first token, at most 0.
+        q_sink: the queries that read sinks, wherever they lie, in place of q; with the shape of q.
         ring: history of each row.
         config: replaces the table's choice.
 
@@ -160,14 +163,16 @@ def forward(
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
     """
     if scale < 0:
-        q, scale = -q, -scale
+        q, q_sink, scale = -q, None if q_sink is None else -q_sink, -scale
     batch, heads, n, head_dim = q.shape
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    if ring is None and window + sink >= n:
+    if ring is None and q_sink is None and window + sink >= n:
         window, sink = n, 0
+    elif ring is None:
+        window, sink = min(window, n), min(sink, n)
     config = config or choose_config(head_dim, min(block_size, n), ring is not None)
     weighed = (window, sink) if ring is None else (0, 0)
     plan = plan_forward(n, block_size, *weighed, grid_start, config.groups * 64)
@@ -177,12 +182,13 @@ def forward(
     items = batch * heads * plan.tiles
     ctas = min(multiprocessors(q.device), items)
     _forward[(ctas,)](
-        descriptor(q, 64), descriptor(k, rows), descriptor(v, rows), descriptor(out, 64), *rings,
+        descriptor(q, 64), None if q_sink is None else descriptor(q_sink, 64),
+        descriptor(k, rows), descriptor(v, rows), descriptor(out, 64), *rings,
         out, lse, position, lanes, *out.stride()[:3], max(scale * LOG2E, 1e-30),
         heads, heads // k.shape[1], n, block_size, window, sink, grid_start, ring_window,
         batch * heads * plan.heavy, batch * heads * plan.per_block, *plan, items // ctas, items % ctas,
         GROUPS=config.groups, COLUMNS=config.columns, D=head_dim, STAGES=config.stages, Q_STAGES=config.q_stages,
         REGISTERS=config.registers, TURNS=config.turns,
-        SINKS=sink > 0, RING=ring is not None, LANES=lanes is not None, num_warps=4,
+        SINKS=sink > 0, RING=ring is not None, LANES=lanes is not None, Q_SINK=q_sink is not None, num_warps=4,
     )  # fmt: skip
     return out, lse

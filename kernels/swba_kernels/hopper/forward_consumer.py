@@ -34,12 +34,16 @@ class Outputs(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Keys in each segment of an item, in the order of the tiles: the own window, own sinks, two parts of a ring."""
+    """Keys in each segment of an item, in the order of the tiles: the own window, own sinks, two parts of a ring.
+
+    With Q_SINK own sinks come behind the ring's parts, and a ring's sinks, `kept`, last.
+    """
 
     own: Any
     sinks: Any
     ring: Any
     low: Any
+    kept: Any
 
 
 @gluon.jit
@@ -133,13 +137,27 @@ def _next_tile(
 
 
 @gluon.jit
+def _change_queries(buffers, bars, q_stage, q_phase):
+    """Return the stage of the sinks' queries once they are there, and let those of the window go."""
+    mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
+    q_stage, q_phase = next_stage(q_stage, q_phase, buffers.q.shape[0] // buffers.out.shape[0])
+    mbarrier.wait(bars.q_full.index(q_stage), q_phase)
+    return q_stage, q_phase
+
+
+@gluon.jit
 def _attend(
-    q, lengths, scale2, buffers, bars, q_empty, stage, phase,
-    SEGMENTS: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+    lengths, scale2, buffers, bars, q_stage, q_phase, stage, phase,
+    SEGMENTS: gl.constexpr, SINKS_FROM: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Attend from 64 query rows to the tiles of all segments: return (sum of weighted values, top, total)."""
+    """Attend from 64 query rows to the tiles of all segments: return (sum of weighted values, top, total), stages.
+
+    The segments from SINKS_FROM on have queries of their own.
+    """
+    GROUPS: gl.constexpr = buffers.out.shape[0]
     COLUMNS: gl.constexpr = buffers.k.shape[1]
     D: gl.constexpr = buffers.k.shape[2]
+    q = buffers.q.index(q_stage * GROUPS + GROUP)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     own = lengths.own
     acc = gl.zeros([64, D], gl.float32, ACC)
@@ -150,31 +168,39 @@ def _attend(
             q, own, scale2, acc, p, top, total, buffers, bars, stage, phase, False, TURNS, GROUP
         )
     for i in range(1, SEGMENTS):
-        length = lengths.sinks if i == 1 else (lengths.ring if i == 2 else lengths.low)
+        if SINKS_FROM == SEGMENTS:
+            length = lengths.sinks if i == 1 else (lengths.ring if i == 2 else lengths.low)
+            reads = q
+        else:
+            if i == SINKS_FROM:
+                q_stage, q_phase = _change_queries(buffers, bars, q_stage, q_phase)
+            length = lengths.sinks if i == SINKS_FROM else (lengths.ring if i == 1 else lengths.low)
+            length = lengths.kept if i == SINKS_FROM + 1 else length
+            reads = buffers.q.index(q_stage * GROUPS + GROUP)
         if length > 0:
             acc, p, top, total, stage, phase = _next_tile(
-                q, length, scale2, acc, p, top, total, buffers, bars, stage, phase, True, TURNS, GROUP
+                reads, length, scale2, acc, p, top, total, buffers, bars, stage, phase, True, TURNS, GROUP
             )
         for _ in range((length + COLUMNS - 1) // COLUMNS - 1):
             acc, p, top, total, stage, phase = _next_tile(
-                q, length, scale2, acc, p, top, total, buffers, bars, stage, phase, False, TURNS, GROUP
+                reads, length, scale2, acc, p, top, total, buffers, bars, stage, phase, False, TURNS, GROUP
             )
-    mbarrier.arrive(q_empty, count=1)
+    mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
     mbarrier.wait(bars.v_full.index(stage), phase)
     acc = warpgroup_mma(p, buffers.v.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(bars.v_empty.index(stage), count=1)
     stage, phase = next_stage(stage, phase, buffers.k.shape[0])
-    return acc, top, total, stage, phase
+    return acc, top, total, q_stage, q_phase, stage, phase
 
 
 @gluon.jit
-def _sit_out(lengths, buffers, bars, q_empty, stage, phase, TURNS: gl.constexpr, GROUP: gl.constexpr):
-    """Give every tile of an item back unread: the item has no rows for this consumer."""
+def _pass_on(lengths, buffers, bars, stage, phase, TURNS: gl.constexpr, GROUP: gl.constexpr):
+    """Give the tiles of some segments back unread."""
     COLUMNS: gl.constexpr = buffers.k.shape[1]
-    mbarrier.arrive(q_empty, count=1)
-    tiles = (lengths.own + COLUMNS - 1) // COLUMNS + (lengths.sinks + COLUMNS - 1) // COLUMNS
-    tiles += (lengths.ring + COLUMNS - 1) // COLUMNS + (lengths.low + COLUMNS - 1) // COLUMNS
+    tiles = 0
+    for i in gl.static_range(len(lengths)):
+        tiles += (lengths[i] + COLUMNS - 1) // COLUMNS
     for _ in range(tiles):
         mbarrier.wait(bars.k_full.index(stage), phase)
         _await_turn(TURNS, GROUP)
@@ -184,6 +210,24 @@ def _sit_out(lengths, buffers, bars, q_empty, stage, phase, TURNS: gl.constexpr,
         mbarrier.arrive(bars.v_empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, buffers.k.shape[0])
     return stage, phase
+
+
+@gluon.jit
+def _sit_out(
+    lengths, buffers, bars, q_stage, q_phase, stage, phase,
+    Q_SINK: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Give every tile of an item back unread: the item has no rows for this consumer."""
+    own, sinks, ring, low, kept = lengths
+    if Q_SINK:
+        stage, phase = _pass_on((own, ring, low), buffers, bars, stage, phase, TURNS, GROUP)
+        q_stage, q_phase = _change_queries(buffers, bars, q_stage, q_phase)
+        mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
+        stage, phase = _pass_on((sinks, kept), buffers, bars, stage, phase, TURNS, GROUP)
+    else:
+        mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
+        stage, phase = _pass_on((own, sinks, ring, low), buffers, bars, stage, phase, TURNS, GROUP)
+    return q_stage, q_phase, stage, phase
 
 
 @gluon.jit
@@ -211,10 +255,11 @@ def _write(acc, top, total, i_b, i_h, row, end, smem, outputs, call):
 @gluon.jit
 def consume(
     outputs, buffers, bars, call, scale2,
-    SEGMENTS: gl.constexpr, RING: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+    SEGMENTS: gl.constexpr, RING: gl.constexpr, Q_SINK: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Own 64 query rows of each work item: attend, then write. With TURNS the consumers start their matmuls in turn."""
     GROUPS: gl.constexpr = buffers.out.shape[0]
+    SINKS_FROM: gl.constexpr = (3 if RING else 1) if Q_SINK else SEGMENTS
     stage = 0
     phase = 0
     q_stage = 0
@@ -223,19 +268,19 @@ def consume(
         named_arrive(TURN, 256)
     for i in range(rounds(call)):
         i_b, i_h, first_row, end = item(i, call, GROUPS * 64)
-        first, sinks, _start, held, low = keys_of(i_b, end, call, RING)
-        lengths = Lengths(end - first, sinks, held, low)
+        first, sinks, _start, held, low, kept, _begins = keys_of(i_b, end, call, RING, Q_SINK)
+        lengths = Lengths(end - first, sinks, held, low, kept)
         row = first_row + GROUP * 64
-        q_empty = bars.q_empty.index(q_stage)
         mbarrier.wait(bars.q_full.index(q_stage), q_phase)
         if row < end:
-            q = buffers.q.index(q_stage * GROUPS + GROUP)
-            acc, top, total, stage, phase = _attend(
-                q, lengths, scale2, buffers, bars, q_empty, stage, phase, SEGMENTS, TURNS, GROUP
+            acc, top, total, q_stage, q_phase, stage, phase = _attend(
+                lengths, scale2, buffers, bars, q_stage, q_phase, stage, phase, SEGMENTS, SINKS_FROM, TURNS, GROUP
             )
             _write(acc, top, total, i_b, i_h, row, end, buffers.out.index(GROUP), outputs, call)
         else:
-            stage, phase = _sit_out(lengths, buffers, bars, q_empty, stage, phase, TURNS, GROUP)
+            q_stage, q_phase, stage, phase = _sit_out(
+                lengths, buffers, bars, q_stage, q_phase, stage, phase, Q_SINK, TURNS, GROUP
+            )
         q_stage, q_phase = next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
     if TURNS and GROUP == 0:
         named_sync(TURN, 256)

@@ -104,6 +104,21 @@ def own_keys(end, window, sink):
 
 
 @gluon.jit
+def own_keys_apart(end, window, sink):
+    """Return (first, sinks) as `own_keys`, where sinks are read by queries of their own: the ranges do not meet.
+
+    Of a block that ends among the sinks, [first, end) are all of them.
+    """
+    if end <= sink:
+        first = 0
+        sinks = 0
+    else:
+        first = max(end - window, sink)
+        sinks = sink
+    return first, sinks
+
+
+@gluon.jit
 def ring_keys(filled, turn, end, window, sink, ring_window):
     """Return (start, count, low) of a ring's visible slots: [start, start + count) and [0, low).
 

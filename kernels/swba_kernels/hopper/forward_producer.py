@@ -17,6 +17,7 @@ class Inputs(NamedTuple):
     """TMA descriptors over [B, H, N, D], and over [L, Hkv, S, D] for a ring of L lanes and S slots."""
 
     q: Any
+    q_sink: Any
     k: Any
     v: Any
     ring_k: Any
@@ -49,31 +50,57 @@ def _copy(k_desc, v_desc, i_b, i_h, start, length, buffers, bars, stage, phase):
 
 
 @gluon.jit
-def produce(inputs, buffers, bars, call, SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr):
-    """Copy, for each work item, its query tile and then its key and value tiles in the order consumers take them."""
+def _copy_queries(desc, i_b, i_h, row, buffers, bars, q_stage, q_phase):
+    """Copy the queries of all consumers, from `row` on."""
     GROUPS: gl.constexpr = buffers.out.shape[0]
     D: gl.constexpr = buffers.out.shape[2]
+    q_full = bars.q_full.index(q_stage)
+    mbarrier.wait(bars.q_empty.index(q_stage), q_phase)
+    mbarrier.expect(q_full, GROUPS * 64 * D * 2)
+    for g in gl.static_range(GROUPS):
+        tma_load(desc, [i_b, i_h, row + g * 64, 0], q_full, box(buffers.q.index(q_stage * GROUPS + g), 64, D))
+    return next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
+
+
+@gluon.jit
+def produce(
+    inputs, buffers, bars, call,
+    SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr, Q_SINK: gl.constexpr,
+):  # fmt: skip
+    """Copy, for each work item, its query tile and then its key and value tiles in the order consumers take them.
+
+    With Q_SINK sinks come last, behind the queries that read them.
+    """
+    GROUPS: gl.constexpr = buffers.out.shape[0]
     stage = 0
     phase = 1
     q_stage = 0
     q_phase = 1
     for i in range(rounds(call)):
         i_b, i_h, row, end = item(i, call, GROUPS * 64)
-        first, sinks, start, held, low = keys_of(i_b, end, call, RING)
-        q_full = bars.q_full.index(q_stage)
-        mbarrier.wait(bars.q_empty.index(q_stage), q_phase)
-        mbarrier.expect(q_full, GROUPS * 64 * D * 2)
-        for g in gl.static_range(GROUPS):
-            tma_load(inputs.q, [i_b, i_h, row + g * 64, 0], q_full, box(buffers.q.index(q_stage * GROUPS + g), 64, D))
-        q_stage, q_phase = next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
-        i_h = i_h // call.group
-        stage, phase = _copy(inputs.k, inputs.v, i_b, i_h, first, end - first, buffers, bars, stage, phase)
-        if SINKS:
-            stage, phase = _copy(inputs.k, inputs.v, i_b, i_h, 0, sinks, buffers, bars, stage, phase)
+        first, sinks, start, held, low, kept, begins = keys_of(i_b, end, call, RING, Q_SINK)
+        if Q_SINK:
+            if begins:
+                q_stage, q_phase = _copy_queries(inputs.q_sink, i_b, i_h, row, buffers, bars, q_stage, q_phase)
+            else:
+                q_stage, q_phase = _copy_queries(inputs.q, i_b, i_h, row, buffers, bars, q_stage, q_phase)
+        else:
+            q_stage, q_phase = _copy_queries(inputs.q, i_b, i_h, row, buffers, bars, q_stage, q_phase)
+        i_kv = i_h // call.group
+        stage, phase = _copy(inputs.k, inputs.v, i_b, i_kv, first, end - first, buffers, bars, stage, phase)
+        if SINKS and not Q_SINK:
+            stage, phase = _copy(inputs.k, inputs.v, i_b, i_kv, 0, sinks, buffers, bars, stage, phase)
         if RING:
+            lane = i_b
             if LANES:
-                i_b = gl.load(call.p_lanes + i_b).to(gl.int32)
+                lane = gl.load(call.p_lanes + i_b).to(gl.int32)
+            behind = call.sink if Q_SINK else 0
             for part in range(2):
-                at = start if part == 0 else 0
+                at = start if part == 0 else behind
                 length = held if part == 0 else low
-                stage, phase = _copy(inputs.ring_k, inputs.ring_v, i_b, i_h, at, length, buffers, bars, stage, phase)
+                stage, phase = _copy(inputs.ring_k, inputs.ring_v, lane, i_kv, at, length, buffers, bars, stage, phase)
+        if Q_SINK:
+            q_stage, q_phase = _copy_queries(inputs.q_sink, i_b, i_h, row, buffers, bars, q_stage, q_phase)
+            stage, phase = _copy(inputs.k, inputs.v, i_b, i_kv, 0, sinks, buffers, bars, stage, phase)
+            if RING:
+                stage, phase = _copy(inputs.ring_k, inputs.ring_v, lane, i_kv, 0, kept, buffers, bars, stage, phase)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .forward_plan import item_of, own_keys, place_of, ring_keys, rounds_of, rows_of
+from .forward_plan import item_of, own_keys, own_keys_apart, place_of, ring_keys, rounds_of, rows_of
 
 
 class Buffers(NamedTuple):
@@ -75,8 +75,12 @@ def item(i, call, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def keys_of(i_b, end, call, RING: gl.constexpr):
-    """Return what a block sees: own keys [first, end) and [0, sinks), slots [start, start + held) and [0, low)."""
+def keys_of(i_b, end, call, RING: gl.constexpr, Q_SINK: gl.constexpr):
+    """Return what a block sees: own keys [first, end) and [0, sinks), slots [start, start + held) and [0, low).
+
+    With Q_SINK the last slots are [sink, sink + low), and [0, kept) are apart from them. If `begins`, the block ends
+    among the sinks, which [first, end) then are.
+    """
     if RING:
         position = gl.load(call.p_position + i_b)
         filled = min(position, 1 << 30).to(gl.int32)
@@ -84,8 +88,18 @@ def keys_of(i_b, end, call, RING: gl.constexpr):
         # sinks the difference wraps around, and `turn` is of no account.
         turn = (position.to(gl.uint64) - call.sink.to(gl.uint32)) % call.ring_window.to(gl.uint32)
         start, held, low = ring_keys(filled, turn.to(gl.int32), end, call.window, call.sink, call.ring_window)
-        first, sinks = own_keys(end, call.window, max(call.sink - filled, 0))
-        return first, sinks, start, held, low
+        own_sink = max(call.sink - filled, 0)
     else:
-        first, sinks = own_keys(end, call.window, call.sink)
-        return first, sinks, 0, 0, 0
+        own_sink = call.sink
+        start, held, low = 0, 0, 0
+    if Q_SINK:
+        first, sinks = own_keys_apart(end, call.window, own_sink)
+        if RING:
+            kept = min(call.sink, filled)
+            low -= kept
+        else:
+            kept = 0
+    else:
+        first, sinks = own_keys(end, call.window, own_sink)
+        kept = 0
+    return first, sinks, start, held, low, kept, end <= own_sink

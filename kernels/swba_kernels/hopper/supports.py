@@ -25,7 +25,7 @@ CAPABILITY = (9, 0)
 OLDEST, NEWEST = (3, 6), (3, 9)
 
 # The ops that take q_sink, a second query for the sinks' columns.
-Q_SINK_OPS = frozenset({"decode"})
+Q_SINK_OPS = frozenset({"decode", "forward", "prefill", "backward"})
 
 # The fewest tokens of a block for which "auto" takes these kernels, by head dim. A tile never straddles blocks, so a
 # short block pads a tile, while the portable kernels pack several blocks into one. On an H200 (bf16, blocks of 64
