@@ -12,7 +12,7 @@ place of q in the scores of keys (slots) below `sink`; without it the backward's
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -61,10 +61,6 @@ def _pattern(block_size: int, window: int, sink: int, grid_start: int) -> dict[s
     return {"block_size": block_size, "window": window, "sink": sink, "grid_start": grid_start}
 
 
-def _given(q_sink: Tensor | None, **more: Any) -> dict[str, Any]:
-    return {} if q_sink is None else {"q_sink": q_sink, **more}
-
-
 def _on_hopper(impl: str, op: str, block_size: int, q_sink: Tensor | None, q: Tensor, *others: Tensor) -> bool:
     """Tell whether this call runs the Hopper kernels; "hopper" asked for by name runs them or raises."""
     if impl not in _HOPPER:
@@ -97,7 +93,7 @@ def _forward(
     if _on_hopper(impl, "forward", block_size, q_sink, q, k, v):
         from .hopper.forward import forward
 
-        return forward(q, k, v, scale=scale, **_given(q_sink), **pattern)
+        return forward(q, k, v, q_sink=q_sink, scale=scale, **pattern)
     if impl in _TRITON:
         from .portable.forward import forward
 
@@ -113,13 +109,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dout, q, k, v, q_sink = _dense(dout), _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    gradients: Sequence[Any]
     if _on_hopper(impl, "backward", block_size, q_sink, q, k, v):
         from .hopper.backward import backward
 
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         gradients = backward(
-            dout, q, k, v, out, lse, scale=scale, deterministic=deterministic, **_given(q_sink), **pattern
+            dout, q, k, v, out, lse, q_sink=q_sink, scale=scale, deterministic=deterministic, **pattern
         )
     elif impl in _TRITON:
         from .portable.backward import backward
@@ -129,7 +124,8 @@ def _backward(
         from . import sdpa
 
         gradients = sdpa.backward(dout, q, k, v, out, lse, q_sink=q_sink, scale=scale, **pattern)
-    return (*gradients[:3], q.new_empty(0) if q_sink is None else gradients[3])
+    dq, dk, dv, dq_sink = gradients
+    return dq, dk, dv, q.new_empty(0) if dq_sink is None else dq_sink
 
 
 def _prefill(
@@ -143,8 +139,7 @@ def _prefill(
         from .hopper.forward import forward
         from .portable.forward import Ring
 
-        ring = Ring(k_ring, v_ring, position, lanes)
-        return forward(q, k, v, scale=scale, ring=ring, **_given(q_sink), **pattern)
+        return forward(q, k, v, q_sink=q_sink, scale=scale, ring=Ring(k_ring, v_ring, position, lanes), **pattern)
     if impl in _TRITON:
         from .portable.forward import Ring, forward
 
@@ -164,7 +159,7 @@ def _decode(
     if _on_hopper(impl, "decode", q.shape[2], q_sink, q, k_ring, v_ring):
         from .hopper.decode import decode
 
-        return decode(q, k_ring, v_ring, valid, lanes, scale=scale, **_given(q_sink, sink=sink))
+        return decode(q, k_ring, v_ring, valid, lanes, q_sink=q_sink, sink=sink, scale=scale)
     if impl in _TRITON:
         from .portable.decode import decode
 

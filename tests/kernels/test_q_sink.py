@@ -152,6 +152,18 @@ def test_gradients_have_the_layouts_of_their_inputs_and_flow_through_a_compiled_
     assert results[0][4].abs().sum() > 0
 
 
+def test_a_step_with_a_second_query_compiles_without_a_graph_break() -> None:
+    q, k_ring, v_ring, valid, lanes = decode_case(SINKS[1], torch.float32)
+    rings = [x.nan_to_num(0.5) for x in (k_ring, v_ring)]
+
+    def step(q, sink):
+        return swba_kernels.window_decode_attention(q, *rings, valid, q_sink=-q, sink=sink, lanes=lanes)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for sink in (4, 3, 1):
+        assert torch.equal(compiled(q, sink), step(q, sink))
+
+
 def test_the_first_sinks_alone_are_read_by_the_second_query() -> None:
     case = INSIDE
     q, k, v = qkv(case, torch.float32)

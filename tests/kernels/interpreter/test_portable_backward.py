@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import SINKS, check_backward
 
 from swba_kernels.pattern import BlockWindow
 from swba_kernels.reference import block_window_reference
@@ -93,6 +94,11 @@ def test_half_precision_gradients_are_no_worse_than_eager_attention(bounded):
     for x, y, z in zip(got, expected, eager, strict=True):
         assert x.dtype == torch.float16
         assert_close(x, y, z)
+
+
+@pytest.mark.parametrize("case", SINKS, ids=str)
+def test_gradients_of_the_public_call_equal_the_reference_with_a_second_query(case):
+    check_backward(case, torch.float32, "triton", bounded=True)
 
 
 def test_gradients_have_the_layouts_of_their_inputs_and_an_expanded_dout_is_served():
