@@ -61,13 +61,13 @@ def _pattern(block_size: int, window: int, sink: int, grid_start: int) -> dict[s
     return {"block_size": block_size, "window": window, "sink": sink, "grid_start": grid_start}
 
 
-def _on_hopper(impl: str, op: str, block_size: int, q_sink: Tensor | None, q: Tensor, *others: Tensor) -> bool:
+def _on_hopper(impl: str, op: str, block_size: int, q: Tensor, *others: Tensor | None) -> bool:
     """Tell whether this call runs the Hopper kernels; "hopper" asked for by name runs them or raises."""
     if impl not in _HOPPER:
         return False
     from .hopper import supports
 
-    obstacle = supports.obstacle(q, *others, op=op, q_sink=q_sink)
+    obstacle = supports.obstacle(q, *(x for x in others if x is not None))
     if impl == "hopper":
         if obstacle:
             raise ValueError(f"impl: expected an implementation that can run here, got 'hopper' for {op}: {obstacle}")
@@ -90,7 +90,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, q_sink = _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if _on_hopper(impl, "forward", block_size, q_sink, q, k, v):
+    if _on_hopper(impl, "forward", block_size, q, k, v, q_sink):
         from .hopper.forward import forward
 
         return forward(q, k, v, q_sink=q_sink, scale=scale, **pattern)
@@ -109,7 +109,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dout, q, k, v, q_sink = _dense(dout), _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if _on_hopper(impl, "backward", block_size, q_sink, q, k, v):
+    if _on_hopper(impl, "backward", block_size, q, k, v, q_sink):
         from .hopper.backward import backward
 
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -135,7 +135,7 @@ def _prefill(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, q_sink = _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if _on_hopper(impl, "prefill", block_size, q_sink, q, k, v, k_ring, v_ring):
+    if _on_hopper(impl, "prefill", block_size, q, k, v, q_sink, k_ring, v_ring):
         from .hopper.forward import forward
         from .portable.forward import Ring
 
@@ -156,7 +156,7 @@ def _decode(
     sink: int, scale: float, impl: str, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, q_sink = _dense(q), _dense_or_none(q_sink)
-    if _on_hopper(impl, "decode", q.shape[2], q_sink, q, k_ring, v_ring):
+    if _on_hopper(impl, "decode", q.shape[2], q, k_ring, v_ring, q_sink):
         from .hopper.decode import decode
 
         return decode(q, k_ring, v_ring, valid, lanes, q_sink=q_sink, sink=sink, scale=scale)

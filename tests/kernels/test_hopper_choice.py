@@ -212,6 +212,27 @@ def test_rings_that_tma_cannot_read_run_portable_under_auto_and_raise_by_name(sp
         swba_kernels.prefill_attention(q, q, q, PATTERN, ring, bad, rows, impl="hopper")
 
 
+@pytest.mark.parametrize("spoil", [unaligned, odd_strides])
+def test_a_second_query_that_tma_cannot_read_runs_portable_under_auto_and_raises_by_name(spoil, played) -> None:
+    q, k, v = draw(96)
+    bad, ring, rows = spoil(q.detach()), torch.randn(1, 2, 256, 64).half(), torch.tensor([100])
+    pattern = BlockWindow(100, 200, 30)
+    calls = [
+        lambda **given: attend(q, k, v, pattern=pattern, **given).sum().backward(),
+        lambda **given: swba_kernels.window_decode_attention(q, ring, ring, rows, sink=30, **given),
+        lambda **given: swba_kernels.prefill_attention(q, q, q, pattern, ring, ring, rows, **given),
+    ]
+    for call in calls:
+        call(q_sink=bad)
+    assert {family for family, _ in played.calls} == {"triton"}
+    played.calls.clear()
+    for call in calls:
+        call(q_sink=q.detach().clone())
+        with pytest.raises(ValueError, match="got 'hopper' for"):
+            call(q_sink=bad, impl="hopper")
+    assert {family for family, _ in played.calls} == {"hopper"}
+
+
 def test_other_head_dims_and_small_blocks_run_portable_under_auto(played, caplog) -> None:
     with caplog.at_level(logging.DEBUG, logger="swba_kernels"):
         for _ in range(2):
@@ -277,8 +298,7 @@ def test_one_compiled_graph_serves_every_size_and_decides_as_it_runs(played) -> 
 
 
 @pytest.mark.parametrize("impl", ["hopper", choice.HOPPER_OR_TRITON])
-def test_opcheck(impl, played, monkeypatch) -> None:
-    monkeypatch.setattr(supports, "Q_SINK_OPS", frozenset(OPS) | {"backward"})
+def test_opcheck(impl, played) -> None:
     for op, arguments in op_samples("sdpa", torch.float16, "cpu", head_dim=64):
         chosen = tuple(impl if x == "sdpa" else x for x in arguments)
         if op is not torch.ops.swba.ring_write.default:

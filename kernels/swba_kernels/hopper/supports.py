@@ -24,9 +24,6 @@ CAPABILITY = (9, 0)
 # Gluon is experimental and changes with every release: these were compiled ahead of time, 3.6 also ran.
 OLDEST, NEWEST = (3, 6), (3, 9)
 
-# The ops that take q_sink, a second query for the sinks' columns.
-Q_SINK_OPS = frozenset({"decode", "forward", "prefill", "backward"})
-
 # The fewest tokens of a block for which "auto" takes these kernels, by head dim. A tile never straddles blocks, so a
 # short block pads a tile, while the portable kernels pack several blocks into one. On an H200 (bf16, blocks of 64
 # tokens) the forward ran at 293 TFLOP/s against 350 with head dim 64, at 408 against 409 with 128, and the backward
@@ -64,14 +61,12 @@ def static_obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
-def obstacle(*tensors: Tensor, op: str = "", q_sink: Tensor | None = None) -> str | None:
-    """Tell what keeps these kernels from reading `tensors`, each [B, H, N, D], by TMA, and `op` from taking q_sink."""
+def obstacle(*tensors: Tensor) -> str | None:
+    """Tell what keeps these kernels from reading `tensors`, each [B, H, N, D], by TMA."""
     found = static_obstacle(tensors[0].dtype, tensors[0].shape[-1])
     if found:
         return found
-    if q_sink is not None and op not in Q_SINK_OPS:
-        return "a query of its own for the sinks (q_sink)"
-    for x in tensors if q_sink is None else (*tensors, q_sink):
+    for x in tensors:
         if x.shape[2] >= TOO_MANY_TOKENS:
             return f"{x.shape[2]} tokens or slots (need fewer than {TOO_MANY_TOKENS})"
         if x.data_ptr() % 16:
