@@ -204,14 +204,17 @@ def test_forward_at_every_edge_by_every_configuration(sink, head_dim) -> None:
             assert_lse_close(lse, oracle_lse)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_forward_and_gradients_through_the_public_function(dtype) -> None:
-    for case in (
-        Case(BlockWindow(144, 432, 100), 700, heads=6, kv_heads=2, head_dim=64),
-        Case(BlockWindow(333, 700, 333, 20), 900, heads=3, kv_heads=3, head_dim=128),
-    ):
-        check_forward(case, dtype, "hopper", "cuda", bounded=True)
-        check_backward(case, dtype, "hopper", "cuda", bounded=True)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case(BlockWindow(144, 432, 100), 700, heads=6, kv_heads=2, head_dim=64), torch.bfloat16),
+        (Case(BlockWindow(333, 700, 333, 20), 900, heads=3, kv_heads=3, head_dim=128), torch.float16),
+    ],
+    ids=str,
+)
+def test_forward_and_gradients_through_the_public_function(case, dtype) -> None:
+    check_forward(case, dtype, "hopper", "cuda", bounded=True)
+    check_backward(case, dtype, "hopper", "cuda", bounded=True)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
