@@ -92,6 +92,8 @@ def _introduction(config: Mapping[str, Any], parameters: int) -> str:
     model, stream, sampler = config["model"], config["stream"], config["sampler"]
     window, fps = stream["window_frames"], config["fps"]
     sinks = f"{stream['sink_frames']} sink frames" if stream["sink_frames"] else "no sinks"
+    if stream["sink_frames"] and stream.get("sink_distance") == "bounded":
+        sinks += " at a bounded distance"
     return (
         f"A {parameters / 1e6:.0f} M parameter diffusion transformer (`VideoDiT`: dim {model['dim']}, depth "
         f"{model['depth']}, {model['heads']} heads of {model['dim'] // model['heads']}, patches of {model['patch']} x "
