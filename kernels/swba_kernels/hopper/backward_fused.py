@@ -1,8 +1,9 @@
 """All three gradients in one pass, five matmuls a tile instead of seven, for head dim 128.
 
 A tile of 128 keys stays in shared memory while the queries that see it pass by. A consumer warpgroup owns 64 keys; the
-slopes dS of both meet in shared memory, from where each computes half the columns of dQ. One more warp adds dQ to a sum
-in global memory. "_t" marks transposed tiles (keys are rows).
+slopes dS of both meet in shared memory, from where each computes half the columns of dQ. One more warp loads, and
+another adds dQ to a sum in global memory: neither waits for what the other waits for. "_t" marks transposed tiles
+(keys are rows).
 
 Query tiles lie on a fixed grid here, so that a tile of dQ is one place in memory.
 """
@@ -23,9 +24,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import hide_others, queries_of, turn_at, walk_grid, work_of
-from .backward_shared import LN2, load_apart, row_box, store_tile, store_tile_apart, weigh
+from .backward_shared import LN2, load_apart, row_box, row_terms, store_tile, store_tile_apart
 from .compat import box, tma_load, tma_store, view
 from .pipeline import counting, next_stage
+
+
+@gluon.jit
+def _hide(x, row, edges, COLUMNS: gl.constexpr):
+    """Zero what belongs to a query that does not see the key, if the tile at `row` holds any."""
+    from_smem, to_smem, count_smem, all_start, all_stop = edges
+    if (row < all_start) | (row + x.shape[1] > all_stop):
+        ROWS: gl.constexpr = gl.SliceLayout(1, COLUMNS.parent)
+        queries = row + count_smem.load(COLUMNS)[None, :]
+        seen = (queries >= from_smem.load(ROWS)[:, None]) & (queries < to_smem.load(ROWS)[:, None])
+        x = gl.where(seen, x, 0.0)
+    return x
+
+
+@gluon.jit
+def _hand_over(dq, dq_smem, dq_full, dq_empty, phase, WARPGROUP: gl.constexpr):
+    """Write 64 columns of dQ to where the adding warp reads them."""
+    mbarrier.wait(dq_empty, phase)
+    dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
+    fence_async_shared()
+    mbarrier.arrive(dq_full, count=1)
 
 
 @gluon.jit
@@ -39,19 +61,20 @@ def _consume(
     dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
     dQ comes one tile late, when the other warpgroup has long written its dS: they hardly wait for each other. The first
-    dQ is made of whatever shared memory held, and dropped.
+    dQ is made of whatever shared memory held, and dropped. dV is issued before dP is waited for: else the assembler
+    moves that wait above the exponentials, and the tensor cores have nothing of this warpgroup's to do meanwhile.
     """
     _, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, _ = outputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem = buffers
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem, ds_smem, dq_smem = buffers
     keys_full, full, empty, ds_full, dq_full, dq_empty = barriers
     heads, group, kv_in_all = shape
     DTYPE: gl.constexpr = q_smem.dtype
-    STAGES: gl.constexpr = q_smem.shape[0]
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     HALF: gl.constexpr = D // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
@@ -61,7 +84,11 @@ def _consume(
     seen_from, seen_to = queries_of(keys, part)
     if Q_SINK:
         seen_to, all_start = hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, BLOCK_N)
-    edges = (seen_from, seen_to, all_start, all_stop, stop)
+    from_smem = seen_smem.index(WARPGROUP * 2)
+    to_smem = seen_smem.index(WARPGROUP * 2 + 1)
+    from_smem.store(seen_from)
+    to_smem.store(seen_to)
+    edges = (from_smem, to_smem, count_smem, all_start, all_stop)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     k_columns = k_smem.slice(WARPGROUP * HALF, HALF, dim=1)
     v = v_smem.index(WARPGROUP)
@@ -70,45 +97,40 @@ def _consume(
     none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
     no_sum = gl.zeros([BLOCK_M, HALF], gl.float32, HALVES)
     count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
-    stage = STAGES - 1
-    phase = 1
-    sum_phase = 1
     row = start
     mbarrier.wait(keys_full, 0)
-    for _ in range(count):
-        mbarrier.wait(ds_full.index(stage), phase)
-        slopes = ds_smem.index(stage).permute((1, 0))
-        stage, phase = next_stage(stage, phase, STAGES)
+    for i in range(count):
+        stage = i & 1
+        before = stage ^ 1
         q = q_smem.index(stage)
         grad = grad_smem.index(stage)
-        mbarrier.wait(full.index(stage), phase)
-        dq = warpgroup_mma(slopes, k_columns, no_sum, use_acc=False, is_async=True)
+        mbarrier.wait(ds_full.index(before), ((i - 1) >> 1) & 1)
+        dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+        mbarrier.wait(full.index(stage), (i >> 1) & 1)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        mbarrier.wait(dq_empty, sum_phase)
-        sum_phase ^= 1
-        dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
-        fence_async_shared()
-        mbarrier.arrive(dq_full, count=1)
+        _hand_over(dq, dq_smem, dq_full, dq_empty, before, WARPGROUP)
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-        terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
-        p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, False)
-        dv = warpgroup_mma(gl.convert_layout(p_t, OPERAND, assert_trivial=True), grad, dv, is_async=True)
+        lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
+        s_t = warpgroup_mma_wait(1, deps=(s_t,))
+        p_t = _hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, edges, COLUMNS)
+        dv = warpgroup_mma(gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True), grad, dv, is_async=True)
+        dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
+        delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
+        ds_t = (p_t * _hide(dp_t - delta[None, :], row, edges, COLUMNS)).to(DTYPE)
+        dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
         ds_smem.index(stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
         fence_async_shared()
         mbarrier.arrive(ds_full.index(stage), count=1)
-        dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
         row += BLOCK_M
         row = gl.where(row < stop, row, start)
-    mbarrier.wait(ds_full.index(stage), phase)
-    dq = warpgroup_mma(ds_smem.index(stage).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+    before = (count & 1) ^ 1
+    mbarrier.wait(ds_full.index(before), ((count - 1) >> 1) & 1)
+    dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
-    mbarrier.wait(dq_empty, sum_phase)
-    dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
-    fence_async_shared()
-    mbarrier.arrive(dq_full, count=1)
+    _hand_over(dq, dq_smem, dq_full, dq_empty, before, WARPGROUP)
     first += WARPGROUP * 64
     if Q_SINK:
         store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, first, dv.to(DTYPE), v, D)
@@ -132,81 +154,85 @@ def _next_tile(i_head, row, start, stop, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _copy(
-    inputs, outputs, buffers, barriers, i_work, pattern, shape,
-    TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
-):  # fmt: skip
-    """Load the keys and values once, then every tile of queries with its terms, and add the tiles of dQ as they come.
-
-    The consumers free a buffer at the end of a step and hand over dQ early in the next one, in this order. In turn, the
-    first tile of keys writes instead of adding.
-    """
+def _load(inputs, buffers, barriers, i_work, pattern, shape, TOGETHER: gl.constexpr, Q_SINK: gl.constexpr):
+    """Load the keys and values once, then every tile of queries with its terms."""
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
-    sum_desc, _, _, _, _, p_turns = outputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, dq_smem = buffers
-    keys_full, full, empty, _, dq_full, dq_empty = barriers
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, _, _ = buffers
+    keys_full, full, empty, _, _, _ = barriers
     heads, group, kv_in_all = shape
     STAGES: gl.constexpr = q_smem.shape[0]
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
-    SUM_ROWS: gl.constexpr = dq_smem.shape[0]
     in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, TOGETHER, Q_SINK)
     start, stop, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N)
     mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
     tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
     for w in gl.static_range(2):
         tma_load(v_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(v_smem.index(w), 64, D))
-    count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
-    way_out = view(dq_smem, [1, 1, SUM_ROWS, 64], sum_box(4))
     stage = 0
     phase = 1
-    sum_phase = 0
     i_head = i_h * group
     row = start
-    i_added = i_head
-    added = start
-    for j in range(count + STAGES):
-        if j < count:
-            ready = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
-            if Q_SINK:
-                load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage))
+    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
+        ready = full.index(stage)
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
+        if Q_SINK:
+            load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage))
+        else:
+            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+        tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
+        tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
+        tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
+        stage, phase = next_stage(stage, phase, STAGES)
+        i_head, row = _next_tile(i_head, row, start, stop, BLOCK_M)
+
+
+@gluon.jit
+def _add(
+    outputs, buffers, barriers, i_work, pattern, shape,
+    TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
+):  # fmt: skip
+    """Add the tiles of dQ as they come; the first is none. In turn, the first tile of keys writes instead of adding."""
+    sum_desc, _, _, _, _, p_turns = outputs
+    q_smem, _, k_smem, _, _, _, _, _, _, dq_smem = buffers
+    _, _, _, _, dq_full, dq_empty = barriers
+    heads, group, kv_in_all = shape
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    SUM_ROWS: gl.constexpr = dq_smem.shape[0]
+    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, TOGETHER, Q_SINK)
+    start, stop, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N)
+    way_out = view(dq_smem, [1, 1, SUM_ROWS, 64], sum_box(4))
+    i_head = i_h * group
+    row = start
+    mbarrier.wait(dq_full, 0)
+    mbarrier.arrive(dq_empty, count=1)
+    phase = 1
+    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
+        at = row // BLOCK_M * SUM_ROWS
+        if TURN_ROWS:
+            turn = turn_at(first, row, i_b * heads + i_head, start, stop, pattern, BLOCK_M, BLOCK_N, TURN_ROWS)
+            p_turn = p_turns + turn[0]
+            if turn[2]:
+                await_turn(p_turn, turn[1])
+            mbarrier.wait(dq_full, phase)
+            if turn[4]:
+                tma_store(sum_desc, [i_sums, i_head, at, 0], way_out)
             else:
-                tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
-            tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
-            tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
-            tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
-            i_head, row = _next_tile(i_head, row, start, stop, BLOCK_M)
-        if j == STAGES - 1:
-            mbarrier.wait(dq_full, 0)
+                tma_add(sum_desc, [i_sums, i_head, at, 0], way_out)
+            tma.store_wait(0)
             mbarrier.arrive(dq_empty, count=1)
-        if j >= STAGES:
-            at = added // BLOCK_M * SUM_ROWS
-            sum_phase ^= 1
-            if TURN_ROWS:
-                i_sum = i_b * heads + i_added
-                turn = turn_at(first, added, i_sum, start, stop, pattern, BLOCK_M, BLOCK_N, TURN_ROWS)
-                p_turn = p_turns + turn[0]
-                if turn[2]:
-                    await_turn(p_turn, turn[1])
-                mbarrier.wait(dq_full, sum_phase)
-                if turn[4]:
-                    tma_store(sum_desc, [i_sums, i_added, at, 0], way_out)
-                else:
-                    tma_add(sum_desc, [i_sums, i_added, at, 0], way_out)
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty, count=1)
-                if turn[3]:
-                    pass_turn(p_turn, turn[1] + 1)
-            else:
-                mbarrier.wait(dq_full, sum_phase)
-                tma_add(sum_desc, [i_sums, i_added, at, 0], way_out)
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty, count=1)
-            i_added, added = _next_tile(i_added, added, start, stop, BLOCK_M)
+            if turn[3]:
+                pass_turn(p_turn, turn[1] + 1)
+        else:
+            mbarrier.wait(dq_full, phase)
+            tma_add(sum_desc, [i_sums, i_head, at, 0], way_out)
+            tma.store_wait(0)
+            mbarrier.arrive(dq_empty, count=1)
+        phase ^= 1
+        i_head, row = _next_tile(i_head, row, start, stop, BLOCK_M)
 
 
 @gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all"])
@@ -222,6 +248,7 @@ def fused_kernel(
     In turn, a program waits for those that own earlier keys. So work is handed out by a counter, in that order: whoever
     is waited for has started, whatever the order in which the GPU starts programs.
     """
+    gl.static_assert(STAGES == 2, "stages are told by the parity of a tile's number")
     BLOCK_N: gl.constexpr = 128
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -234,6 +261,7 @@ def fused_kernel(
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
+    seen_smem = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -254,12 +282,13 @@ def fused_kernel(
         i_work = gl.program_id(0)
     inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
     outputs = (sum_desc, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns)
-    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem)
+    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem, ds_smem, dq_smem)
     barriers = (keys_full, full, empty, ds_full, dq_full, dq_empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all)
     gl.warp_specialize([
-        (_copy, (inputs, outputs, buffers, barriers, i_work, pattern, shape, TOGETHER, TURN_ROWS, Q_SINK)),
         (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, Q_SINK, 0)),
         (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, Q_SINK, 1)),
-    ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+        (_load, (inputs, buffers, barriers, i_work, pattern, shape, TOGETHER, Q_SINK)),
+        (_add, (outputs, buffers, barriers, i_work, pattern, shape, TOGETHER, TURN_ROWS, Q_SINK)),
+    ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
