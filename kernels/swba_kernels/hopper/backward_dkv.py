@@ -17,7 +17,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_ranges import latest_row, pattern_of, place_apart, queries_of, query_walk
-from .backward_shared import LN2, load_apart, load_row_terms, row_box, store_tile, store_tile_apart, weigh
+from .backward_shared import (
+    LN2,
+    hide,
+    keep_seen,
+    load_apart,
+    load_row_terms,
+    row_box,
+    row_terms,
+    seen_buffer,
+    store_tile,
+    store_tile_apart,
+    weigh,
+)
 from .compat import box, tma_load
 from .pipeline import counting, next_stage
 
@@ -39,7 +51,7 @@ def _key_tile(kv_heads, tiles, pattern, WARPGROUPS: gl.constexpr, Q_SINK: gl.con
 def _produce(inputs, buffers, barriers, pattern, shape, Q_SINK: gl.constexpr):
     """Load the keys and values once, then every tile of queries with its terms, head by head."""
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _ = buffers
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _ = buffers
     keys_full, full, empty = barriers
     heads, group, tiles = shape
     WARPGROUPS: gl.constexpr = k_smem.shape[0]
@@ -78,10 +90,11 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
 
     S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
-    Two warpgroups have registers to spare at head dim 64: dV and dK of a tile run beside S^T and dP^T of the next.
+    Two warpgroups have registers to spare at head dim 64: dV and dK of a tile run beside S^T and dP^T of the next. At
+    128, dV is issued before dP is waited for, so that it runs beside the slopes.
     """
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem = buffers
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem = buffers
     keys_full, full, empty = barriers
     heads, group, tiles = shape
     DTYPE: gl.constexpr = q_smem.dtype
@@ -90,13 +103,15 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     D: gl.constexpr = q_smem.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     in_sinks, pattern, i_b, i_h, first = _key_tile(heads // group, tiles, pattern, WARPGROUPS, Q_SINK)
     start, stop, all_start, all_stop = query_walk(first, pattern, WARPGROUPS * 64)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, pattern)
-    edges = (seen_from, seen_to, all_start, all_stop, latest_row(stop, pattern, BLOCK_M))
+    from_smem, to_smem = keep_seen(seen_from, seen_to, seen_smem, WARPGROUP)
+    edges = (from_smem, to_smem, all_start, all_stop, latest_row(stop, pattern, BLOCK_M))
     count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
     k = k_smem.index(WARPGROUP)
     v = v_smem.index(WARPGROUP)
@@ -141,9 +156,13 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
             mbarrier.wait(full.index(stage), phase)
             s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
             dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-            terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
-            p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, True)
-            dv = warpgroup_mma(gl.convert_layout(p_t, OPERAND, assert_trivial=True), grad, dv, is_async=True)
+            lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
+            s_t = warpgroup_mma_wait(1, deps=(s_t,))
+            p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, edges, True)
+            dv = warpgroup_mma(gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True), grad, dv, is_async=True)
+            dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
+            delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
+            ds_t = (p_t * hide(dp_t - delta[None, :], row, count_smem, edges, True)).to(DTYPE)
             dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
             dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
             mbarrier.arrive(empty.index(stage), count=1)
@@ -177,6 +196,7 @@ def dkv_kernel(
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
+    seen_smem = seen_buffer(WARPGROUPS)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -187,7 +207,7 @@ def dkv_kernel(
     fence_async_shared()
     inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
     outputs = (dk_desc, dv_desc, dk_sink_desc, dv_sink_desc)
-    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem)
+    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem)
     barriers = (keys_full, full, empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, tiles)

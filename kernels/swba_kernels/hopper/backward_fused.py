@@ -24,21 +24,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import hide_others, queries_of, turn_at, walk_grid, work_of
-from .backward_shared import LN2, load_apart, row_box, row_terms, store_tile, store_tile_apart
+from .backward_shared import (
+    LN2,
+    hide,
+    keep_seen,
+    load_apart,
+    row_box,
+    row_terms,
+    seen_buffer,
+    store_tile,
+    store_tile_apart,
+)
 from .compat import box, tma_load, tma_store, view
 from .pipeline import counting, next_stage
-
-
-@gluon.jit
-def _hide(x, row, edges, COLUMNS: gl.constexpr):
-    """Zero what belongs to a query that does not see the key, if the tile at `row` holds any."""
-    from_smem, to_smem, count_smem, all_start, all_stop = edges
-    if (row < all_start) | (row + x.shape[1] > all_stop):
-        ROWS: gl.constexpr = gl.SliceLayout(1, COLUMNS.parent)
-        queries = row + count_smem.load(COLUMNS)[None, :]
-        seen = (queries >= from_smem.load(ROWS)[:, None]) & (queries < to_smem.load(ROWS)[:, None])
-        x = gl.where(seen, x, 0.0)
-    return x
 
 
 @gluon.jit
@@ -84,11 +82,8 @@ def _consume(
     seen_from, seen_to = queries_of(keys, part)
     if Q_SINK:
         seen_to, all_start = hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, BLOCK_N)
-    from_smem = seen_smem.index(WARPGROUP * 2)
-    to_smem = seen_smem.index(WARPGROUP * 2 + 1)
-    from_smem.store(seen_from)
-    to_smem.store(seen_to)
-    edges = (from_smem, to_smem, count_smem, all_start, all_stop)
+    from_smem, to_smem = keep_seen(seen_from, seen_to, seen_smem, WARPGROUP)
+    edges = (from_smem, to_smem, all_start, all_stop, stop)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     k_columns = k_smem.slice(WARPGROUP * HALF, HALF, dim=1)
     v = v_smem.index(WARPGROUP)
@@ -113,11 +108,11 @@ def _consume(
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
         lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
         s_t = warpgroup_mma_wait(1, deps=(s_t,))
-        p_t = _hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, edges, COLUMNS)
+        p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, edges, False)
         dv = warpgroup_mma(gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True), grad, dv, is_async=True)
         dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
         delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
-        ds_t = (p_t * _hide(dp_t - delta[None, :], row, edges, COLUMNS)).to(DTYPE)
+        ds_t = (p_t * hide(dp_t - delta[None, :], row, count_smem, edges, False)).to(DTYPE)
         dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
         ds_smem.index(stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
         fence_async_shared()
@@ -261,7 +256,7 @@ def fused_kernel(
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
-    seen_smem = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    seen_smem = seen_buffer(2)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)

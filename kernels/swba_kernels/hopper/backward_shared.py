@@ -59,18 +59,54 @@ def clear_past(buffer, tile, n, ROWS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def seen_buffer(WARPGROUPS: gl.constexpr):
+    """Return room for which queries see each key: rows 2 w and 2 w + 1 for the 64 keys of warpgroup w.
+
+    Edge tiles read the ranges from here: they are few, and else the ranges would sit in registers through the loop.
+    """
+    return gl.allocate_shared_memory(gl.int32, [2 * WARPGROUPS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def keep_seen(seen_from, seen_to, seen_smem, WARPGROUP: gl.constexpr):
+    """Put the ranges of a warpgroup's keys where `hide` reads them; return the two buffers."""
+    from_smem = seen_smem.index(WARPGROUP * 2)
+    to_smem = seen_smem.index(WARPGROUP * 2 + 1)
+    from_smem.store(seen_from)
+    to_smem.store(seen_to)
+    return from_smem, to_smem
+
+
+@gluon.jit
+def hide(x, row, count_smem, edges, SLIDES: gl.constexpr):
+    """Zero what belongs to a query that does not see the key, if the tile at `row` holds any.
+
+    `edges` says which queries see each key (from, to: buffers), which see all keys of the tile, and, if tiles of
+    queries slide, where the last one starts.
+    """
+    from_smem, to_smem, all_start, all_stop, latest = edges
+    if (row < all_start) | (row + x.shape[1] > all_stop):
+        seen_from = from_smem.load(gl.SliceLayout(1, x.type.layout))
+        seen_to = to_smem.load(gl.SliceLayout(1, x.type.layout))
+        if SLIDES:
+            seen_from = gl.maximum(seen_from, row)
+            row = gl.minimum(row, latest)
+        queries = row + count_smem.load(gl.SliceLayout(0, x.type.layout))[None, :]
+        x = gl.where((queries >= seen_from[:, None]) & (queries < seen_to[:, None]), x, 0.0)
+    return x
+
+
+@gluon.jit
 def weigh(
     s_t, dp_t, row, terms, edges, scale2,
     BLOCK_M: gl.constexpr, DTYPE: gl.constexpr, AFTER: gl.constexpr, SLIDES: gl.constexpr,
 ):  # fmt: skip
     """Return P^T = exp2(S^T - lse) and dS^T = P^T (dP^T - delta) as first operands of the next matmuls.
 
-    `edges` says which queries see each key (from, to), which see all keys of the tile, and, if tiles of queries slide,
-    where the last one starts. s_t is in flight, with AFTER matmuls behind it, of which dp_t is the first; all have
-    ended on return.
+    `edges` as in `hide`. s_t is in flight, with AFTER matmuls behind it, of which dp_t is the first; all have ended on
+    return.
     """
     lse_smem, delta_smem, count_smem = terms
-    seen_from, seen_to, all_start, all_stop, latest = edges
     COLUMNS: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16]))
     lse2 = row_terms(lse_smem, BLOCK_M, COLUMNS)
     s_t = warpgroup_mma_wait(AFTER, deps=(s_t,))
@@ -78,14 +114,8 @@ def weigh(
     delta = row_terms(delta_smem, BLOCK_M, COLUMNS)
     dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
     slope = dp_t - delta[None, :]
-    if (row < all_start) | (row + BLOCK_M > all_stop):
-        if SLIDES:
-            seen_from = gl.maximum(seen_from, row)
-            row = gl.minimum(row, latest)
-        queries = row + count_smem.load(COLUMNS)[None, :]
-        visible = (queries >= seen_from[:, None]) & (queries < seen_to[:, None])
-        p_t = gl.where(visible, p_t, 0.0)
-        slope = gl.where(visible, slope, 0.0)
+    p_t = hide(p_t, row, count_smem, edges, SLIDES)
+    slope = hide(slope, row, count_smem, edges, SLIDES)
     return p_t.to(DTYPE), (p_t * slope).to(DTYPE)
 
 
