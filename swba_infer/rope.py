@@ -50,17 +50,8 @@ def rope_angles(coordinates: Sequence[Tensor], dims: Sequence[int], theta: Seque
     return ((turns - turns.round()) * (2 * torch.pi)).float()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the interleaved channel pairs of `x` [..., D]; `cos` and `sin` [..., D / 2] broadcast against it."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-
-
 def rope_columns(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the two columns of each pair's rotation matrix, [..., D / 2, 2], for `turn_pairs`.
-
-    Worth it where many tensors turn by the same angles: `turn_pairs` is two operations, `apply_rope` seven.
-    """
+    """Return the two columns of each pair's rotation matrix, [..., D / 2, 2], for `turn_pairs`."""
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((cos, sin, -sin, cos), dim=-1).to(dtype).split(2, dim=-1)  # type: ignore[return-value]
 

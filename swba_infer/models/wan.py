@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..context import AttentionContext
 from ..errors import StreamStateError
-from ..rope import apply_rope, grid_positions, rope_angles
+from ..rope import grid_positions, rope_angles, rope_columns, turn_pairs
 from .wan_config import WanConfig
 
 Turn = tuple[Tensor, Tensor]
@@ -122,7 +122,7 @@ class WanBlock(nn.Module):
         q, k = _rms_norm(attn.to_q(h), attn.norm_q), _rms_norm(attn.to_k(h), attn.norm_k)
 
         def turned(y: Tensor, by: Turn) -> Tensor:
-            return apply_rope(y.unflatten(-1, (-1, self.head_dim)), *by).to(x.dtype).transpose(1, 2)
+            return turn_pairs(y.unflatten(-1, (-1, self.head_dim)), *by).to(x.dtype).transpose(1, 2)
 
         q_sink = None if sink_turn is None else turned(q, sink_turn)
         return turned(q, turn), turned(k, turn), self._heads(attn.to_v(h)), q_sink
@@ -239,10 +239,10 @@ class WanTransformer(nn.Module):
         return self
 
     def _turn(self, positions: Tensor) -> Turn:
-        """Return cosine and sine [L, N, 1, D / 2] of the angles at positions [L, N]."""
+        """Return the columns of the rotations at positions [L, N], each [L, N, 1, D / 2, 2]."""
         coordinates = grid_positions(positions, self.config.rows, self.config.columns)
         angles = rope_angles(coordinates, self.config.rope_dims)[:, :, None]
-        return angles.cos(), angles.sin()
+        return rope_columns(angles, angles.dtype)
 
     def _check_tokens(self, tokens: Tensor) -> tuple[int, int]:
         lanes, count, numbers = tokens.shape
