@@ -19,8 +19,8 @@ NO_MATMUL = {"combine", "row_terms_kernel", "cast_kernel"}
 # Bytes a thread may spill, by Triton version and kernel: what was found when they were recorded. None elsewhere.
 # "q_sink" is for calls with queries of their own for the sinks.
 SPILLS = {  # the backward's accumulators fill the registers
-    "3.6": {"dkv_kernel": 16, "fused_kernel": 16, "fused_narrow_kernel": 32},
-    "3.7": {"dkv_kernel": 16, "fused_kernel": 8, "fused_narrow_kernel": 32},
+    "3.6": {"fused_kernel": 16, "fused_narrow_kernel": 32},
+    "3.7": {"fused_kernel": 8, "fused_narrow_kernel": 32},
     "3.9": {"fused_kernel": 72, "fused_narrow_kernel": 32, "_forward": 144, "decode_persistent": 152},
     "3.6 q_sink": {"_forward": 8, "dkv_kernel": 56, "fused_kernel": 40, "fused_narrow_kernel": 56},
     "3.7 q_sink": {"_forward": 8, "dkv_kernel": 56, "fused_kernel": 40, "fused_narrow_kernel": 56},
@@ -58,7 +58,7 @@ def train(shape: Shape, sink: int = 0) -> None:
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
     configs = [config for (head_dim, _), config in CONFIGS.items() if head_dim == shape.head_dim]
     if not sink:
-        configs.append(IN_TURN if shape.head_dim == 128 else CONFIGS[64, False]._replace(turn_rows=256))
+        configs.append(IN_TURN if shape.head_dim == 128 else CONFIGS[64, False]._replace(turn_rows=128))
     for config in configs:
         *grads, of_sinks = backward(torch.empty_like(q), q, k, v, out, lse, scale=0.1, config=config, **options)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

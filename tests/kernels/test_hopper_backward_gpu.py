@@ -210,11 +210,12 @@ def test_no_new_kernel_for_new_sizes() -> None:
     assert kernels() == before
 
 
-def test_many_heads_with_a_long_window_add_in_turn() -> None:
+@pytest.mark.parametrize(("window", "turn_rows"), [(4096, 128), (8192, 256)])
+def test_many_heads_with_a_long_window_add_in_turn(window, turn_rows) -> None:
     from swba_kernels.hopper.backward import CONFIGS, IN_TURN, choose_config
 
-    case = Case(BlockWindow(512, 4096), 5000, heads=16, kv_heads=16, head_dim=128, batch=1)
-    assert choose_config(128, True, 16, 4096) is IN_TURN
+    case = Case(BlockWindow(512, window), window + 900, heads=16, kv_heads=16, head_dim=128, batch=1)
+    assert choose_config(128, True, 16, window) == IN_TURN._replace(turn_rows=turn_rows)
     inputs, dout = qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16)
     first = gradients(case, inputs, dout)
     for _ in range(5):

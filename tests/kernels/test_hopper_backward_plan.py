@@ -188,12 +188,12 @@ def test_real_tiles_meet_every_visible_pair_once(pattern, n) -> None:
         np.testing.assert_array_equal(walk_fused(pattern, n, keys, rows), mask)
 
 
-def test_adding_in_turn_is_for_many_heads_or_long_windows() -> None:
+def test_adding_in_turn_is_for_many_heads_with_a_long_window() -> None:
     from swba_kernels.hopper.backward import CONFIGS, IN_TURN, choose_config
 
     assert all(choose_config(128, True, heads, 4096) is IN_TURN for heads in (16, 32))
-    assert all(choose_config(128, True, heads, 8192) is IN_TURN for heads in (8, 12, 24))
+    assert all(choose_config(128, True, heads, 8192) == IN_TURN._replace(turn_rows=256) for heads in (16, 24))
     split = CONFIGS[128, True]
-    assert all(choose_config(128, True, *sizes) is split for sizes in ((4, 32768), (12, 4096), (16, 4095), (24, 4096)))
+    assert all(choose_config(128, True, *sizes) is split for sizes in ((12, 32768), (16, 4095), (24, 4096)))
     assert choose_config(128, False, 16, 32768) is CONFIGS[128, False]
     assert choose_config(64, True, 16, 32768) is CONFIGS[64, True]

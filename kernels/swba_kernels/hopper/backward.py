@@ -65,19 +65,21 @@ CONFIGS: dict[tuple[int, bool], Split | Fused] = {
     (64, False): Fused(stages=4, slope_stages=3, registers=208, together=16, turn_rows=0),
     (128, False): Fused(stages=2, slope_stages=2, registers=240, together=12, turn_rows=0),
 }
-IN_TURN = Fused(stages=2, slope_stages=2, registers=240, together=16, turn_rows=256)
+IN_TURN = Fused(stages=2, slope_stages=2, registers=240, together=16, turn_rows=128)
 
 
 def choose_config(head_dim: int, deterministic: bool, heads: int, window: int) -> Split | Fused:
     """Return the configuration for `heads` kv heads of the whole batch and a window of `window` tokens.
 
-    Adding in turn pays at head dim 128 where programs seldom wait for one another: many heads side by side (whole
-    groups of 16), or few with a long window. Measured (docs/hopper.md): 3 to 14% faster than the split kernels within
+    Adding in turn pays at head dim 128 where programs seldom wait for one another: many heads side by side, in whole
+    groups of 16 unless the window is long. Measured (docs/hopper.md): 3 to 14% faster than the split kernels within
     these bounds, up to four times as slow outside of them.
     """
-    many, few = window >= 4096 and heads % 16 == 0, window >= 8192 and heads >= 8
-    if deterministic and head_dim == 128 and (many or few):
-        return IN_TURN
+    if deterministic and head_dim == 128 and heads >= 16:
+        if window >= 8192:
+            return IN_TURN._replace(turn_rows=256)
+        if window >= 4096 and heads % 16 == 0:
+            return IN_TURN
     return CONFIGS[head_dim, deterministic]
 
 

@@ -19,12 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .backward_ranges import latest_row, pattern_of, place_apart, queries_of, query_walk
 from .backward_shared import (
     LN2,
-    hide,
     keep_seen,
     load_apart,
     load_row_terms,
     row_box,
-    row_terms,
     seen_buffer,
     store_tile,
     store_tile_apart,
@@ -90,8 +88,7 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
 
     S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
-    Two warpgroups have registers to spare at head dim 64: dV and dK of a tile run beside S^T and dP^T of the next. At
-    128, dV is issued before dP is waited for, so that it runs beside the slopes.
+    Two warpgroups have registers to spare at head dim 64: dV and dK of a tile run beside S^T and dP^T of the next.
     """
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
     q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem = buffers
@@ -103,7 +100,6 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     D: gl.constexpr = q_smem.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     in_sinks, pattern, i_b, i_h, first = _key_tile(heads // group, tiles, pattern, WARPGROUPS, Q_SINK)
@@ -156,13 +152,9 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
             mbarrier.wait(full.index(stage), phase)
             s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
             dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-            lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
-            s_t = warpgroup_mma_wait(1, deps=(s_t,))
-            p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, edges, True)
-            dv = warpgroup_mma(gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True), grad, dv, is_async=True)
-            dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
-            delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
-            ds_t = (p_t * hide(dp_t - delta[None, :], row, count_smem, edges, True)).to(DTYPE)
+            terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
+            p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, True)
+            dv = warpgroup_mma(gl.convert_layout(p_t, OPERAND, assert_trivial=True), grad, dv, is_async=True)
             dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
             dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
             mbarrier.arrive(empty.index(stage), count=1)
