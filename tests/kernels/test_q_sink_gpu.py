@@ -41,9 +41,10 @@ def test_prefill_and_decode_equal_the_reference(case, dtype, impl) -> None:
             q, k_ring, v_ring, valid, lanes=lanes, return_lse=True, impl=impl, **options
         )
 
+    fused = impl == "sdpa"
     for seed in range(3):
-        check_prefill(case, dtype, impl, "cuda", seed=seed, spare=seed, bounded=True)
-        check_decode(case, dtype, decode, "cuda", seed=seed, bounded=True)
+        check_prefill(case, dtype, impl, "cuda", seed=seed, spare=seed, bounded=True, fused=fused)
+        check_decode(case, dtype, decode, "cuda", seed=seed, bounded=True, fused=fused)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 64])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swba_infer.errors import CheckpointError, ConfigError, StreamStateError
+from swba_infer.wan.convolution import CausalPass, stack_weights
 from swba_infer.wan.vae import FeatureCache, WanVAE, fold_patches, from_pixels, to_pixels, unfold_patches
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,11 +37,14 @@ def latents_of(frames: int, seed: int = 1, batch: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("chunks", [(1,) * 7, (3, 3, 1), (1, 2, 4), (7,)], ids=str)
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_decoding_in_chunks_equals_the_whole_clip(autoencoder: Any, chunks: tuple[int, ...], at_once: int) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("stack", [False, True], ids=["conv3d", "stacked"])
+def test_decoding_in_chunks_equals_the_whole_clip(
+    autoencoder: Any, chunks: tuple[int, ...], at_once: int, stack: bool
+) -> None:
     latents = latents_of(sum(chunks), batch=2)
     expected = whole_clip(autoencoder, latents)
-    vae, cache, parts = WanVAE(autoencoder, frames_at_once=at_once), None, []
+    vae, cache, parts = WanVAE(autoencoder, frames_at_once=at_once, channels_last=stack, stack_frames=stack), None, []
     for chunk in latents.split(list(chunks), dim=2):
         frames, cache = vae.decode(chunk, cache)
         parts.append(frames)
@@ -56,17 +60,19 @@ def test_frame_by_frame_is_bitwise_what_diffusers_computes(autoencoder: Any) -> 
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_the_memory_layout_does_not_change_what_is_decoded(autoencoder: Any, channels_last: bool) -> None:
+@pytest.mark.parametrize("stack", [False, True], ids=["conv3d", "stacked"])
+def test_the_memory_layout_does_not_change_what_is_decoded(autoencoder: Any, channels_last: bool, stack: bool) -> None:
     latents = latents_of(4)
     expected = whole_clip(autoencoder, latents)
-    frames, cache = WanVAE(autoencoder, channels_last=channels_last).decode(latents)
+    frames, cache = WanVAE(autoencoder, channels_last=channels_last, stack_frames=stack).decode(latents)
     assert relative_error(frames, expected) < 1e-5
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     assert all(x.is_contiguous(memory_format=layout) for x in cache.tensors)
 
 
-def test_the_cache_keeps_its_shapes_from_the_first_frame_on(autoencoder: Any) -> None:
-    vae, cache = WanVAE(autoencoder), None
+@pytest.mark.parametrize("stack", [False, True], ids=["conv3d", "stacked"])
+def test_the_cache_keeps_its_shapes_from_the_first_frame_on(autoencoder: Any, stack: bool) -> None:
+    vae, cache = WanVAE(autoencoder, stack_frames=stack), None
     shapes = vae.decoder_shapes(4, 6)
     for latents in latents_of(4).split(1, dim=2):
         _, cache = vae.decode(latents, cache)
@@ -91,9 +97,9 @@ def test_streams_do_not_touch_the_caches_of_the_module(autoencoder: Any) -> None
     assert set(autoencoder._feat_map + autoencoder._enc_feat_map) == {None}
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("channels_last", "stack"), [(False, False), (True, False), (True, True)])
 def test_one_compiled_graph_serves_a_whole_stream(
-    autoencoder: Any, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+    autoencoder: Any, channels_last: bool, stack: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.testing import CompileCounter
 
@@ -105,7 +111,8 @@ def test_one_compiled_graph_serves_a_whole_stream(
     torch._dynamo.reset()
     latents = latents_of(6)
     expected = whole_clip(autoencoder, latents)
-    vae, cache, parts = WanVAE(autoencoder, compile=True, channels_last=channels_last), None, []
+    vae = WanVAE(autoencoder, compile=True, channels_last=channels_last, stack_frames=stack)
+    cache, parts = None, []
     for chunk in latents.split(3, dim=2):
         frames, cache = vae.decode(chunk, cache)
         parts.append(frames)
@@ -114,8 +121,9 @@ def test_one_compiled_graph_serves_a_whole_stream(
 
 
 @pytest.mark.slow
-def test_compiled_decoding_equals_eager_decoding_frames_and_caches(small: Any) -> None:
-    compiled, eager = (WanVAE(small, compile=compile_, channels_last=True) for compile_ in (True, False))
+@pytest.mark.parametrize("stack", [False, True], ids=["conv3d", "stacked"])
+def test_compiled_decoding_equals_eager_decoding_frames_and_caches(small: Any, stack: bool) -> None:
+    compiled, eager = (WanVAE(small, compile=c, channels_last=True, stack_frames=stack) for c in (True, False))
     compiled_cache = eager_cache = None
     for latents in latents_of(4).split(1, dim=2):
         expected, eager_cache = eager.decode(latents, eager_cache)
@@ -123,6 +131,46 @@ def test_compiled_decoding_equals_eager_decoding_frames_and_caches(small: Any) -
         assert relative_error(frames, expected) < 1e-5
         for actual, feature in zip(compiled_cache.tensors, eager_cache.tensors, strict=True):
             assert relative_error(actual, feature) < 1e-5
+
+
+def test_stacked_weights_are_copies_and_the_module_keeps_its_own(autoencoder: Any) -> None:
+    before = {name: x.clone() for name, x in autoencoder.state_dict().items()}
+    vae = WanVAE(autoencoder, channels_last=True, stack_frames=True)
+    expected = whole_clip(autoencoder, latents_of(3))
+    vae.decode(latents_of(3))
+    after = autoencoder.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    assert torch.equal(whole_clip(autoencoder, latents_of(3)), expected)
+
+
+def test_convolutions_of_few_channels_run_over_stacked_frames() -> None:
+    def layer(channels: int, out: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> torch.nn.Conv3d:
+        return torch.nn.Conv3d(channels, out, kernel, device="meta")
+
+    few, others = [layer(96, 96), layer(16, 384)], [layer(192, 192), layer(96, 3), layer(96, 192, (3, 1, 1))]
+    weights = stack_weights(torch.nn.ModuleList(few + others))
+    assert set(weights) == set(few)
+    assert weights[few[1]].shape == (384, 48, 3, 3)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
+def test_a_stacked_convolution_is_the_causal_convolution(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Conv3d(5, 7, 3).double().requires_grad_(False)
+    before, x = (
+        torch.randn(2, 5, 2, 3, 4).double(),
+        torch.randn(2, 5, 3, 3, 4).double().contiguous(memory_format=layout),
+    )
+    expected = torch.nn.functional.conv3d(torch.cat((before, x), dim=2), layer.weight, layer.bias, padding=(0, 1, 1))
+    causal = CausalPass([before], stack_weights(layer))
+    out = causal.convolve(layer, x)
+    assert relative_error(out, expected) < 1e-14
+    assert out.transpose(1, 2).flatten(0, 1).data_ptr() == out.data_ptr()
+    assert torch.equal(causal.features[0], x[:, :, -2:])
+    causal = CausalPass([before], stack_weights(layer))
+    assert relative_error(causal.convolve(layer, x[:, :, :1]), expected[:, :, :1]) < 1e-14
+    assert torch.equal(causal.features[0], torch.cat((before[:, :, 1:], x[:, :, :1]), dim=2))
 
 
 @pytest.mark.gpu
