@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import pick_device
 from ..errors import ConfigError, StreamStateError
+from .convolution import CausalPass, stack_weights
 from .extra import require
 from .vae_files import load_autoencoder
 
@@ -49,13 +51,20 @@ class WanVAE:
         frames_at_once: latent frames decoded together from a stream's second on; more take more memory. How a stream is
             cut may change its last bits.
         channels_last: lay features out with the channels innermost; None: on CUDA only.
+        stack_frames: run the decoder's convolutions of few channels over stacked frames, on copies of their weights as
+            they are now, from a stream's second latent frame on; None: on CUDA with channels innermost.
 
     Raises:
         ConfigError: the module is not such an autoencoder, or is one whose strides are unknown.
     """
 
     def __init__(
-        self, module: Any, compile: bool = False, frames_at_once: int = 1, channels_last: bool | None = None
+        self,
+        module: Any,
+        compile: bool = False,
+        frames_at_once: int = 1,
+        channels_last: bool | None = None,
+        stack_frames: bool | None = None,
     ) -> None:
         kind = require("diffusers").AutoencoderKLWan
         if not isinstance(module, kind):
@@ -78,6 +87,8 @@ class WanVAE:
         self._format = torch.channels_last_3d if innermost else torch.contiguous_format
         if innermost:
             _lay_channels_last(self.module)
+        stack = (on_gpu and innermost) if stack_frames is None else stack_frames
+        self._stacked = stack_weights(self.module.decoder) if stack else {}
         self._mean, self._std = (self._statistics(name) for name in ("latents_mean", "latents_std"))
         if not bool((self._std > 0).all()):
             raise ConfigError(f"latents_std: expected positive numbers, got {list(config.latents_std)}")
@@ -199,12 +210,15 @@ class WanVAE:
         The decoder's layers in their order, without diffusers' comparison of tensors with a word, which older
         versions of torch.compile cannot trace.
         """
-        decoder, kept, index = self.module.decoder, list(features), [0]
-        x = decoder.mid_block(_convolve(decoder.conv_in, z, kept, index), feat_cache=kept, feat_idx=index)
+        decoder, causal = self.module.decoder, CausalPass(features, self._stacked)
+        x = causal.convolve(decoder.conv_in, z)
+        x = _decode_residual(decoder.mid_block.resnets[0], x, causal)
+        for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
+            x = _decode_residual(resnet, attention(x), causal)
         for block in decoder.up_blocks:
-            x = _decode_block(block, x, kept, index)
-        out = _convolve(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), kept, index)
-        return self._finish(out), [feature.contiguous(memory_format=self._format) for feature in kept]
+            x = _decode_block(block, x, causal)
+        out = causal.convolve(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)))
+        return self._finish(out), [feature.contiguous(memory_format=self._format) for feature in causal.features]
 
     def _finish(self, out: Tensor) -> Tensor:
         return unfold_patches(out, self.patch).clamp(-1, 1)
@@ -251,24 +265,25 @@ class WanVAE:
             raise StreamStateError(f"frames: expected {form} frames, got {count}")
 
 
-def _convolve(convolution: Any, x: Tensor, features: list[Tensor], index: list[int]) -> Tensor:
-    """Run a causal convolution on what it has seen and x, and keep what it will look back to."""
-    i = index[0]
-    before, index[0] = features[i], i + 1
-    features[i] = x[:, :, -2:].clone() if x.shape[2] > 1 else torch.cat((before[:, :, -1:], x), dim=2)
-    return convolution(x, before)
+def _decode_residual(block: Any, x: Tensor, causal: CausalPass) -> Tensor:
+    """Run one residual block of the decoder."""
+    shortcut = block.conv_shortcut
+    given = x if isinstance(shortcut, torch.nn.Identity) else F.conv3d(x, shortcut.weight, shortcut.bias)
+    x = causal.convolve(block.conv1, block.nonlinearity(block.norm1(x)))
+    x = causal.convolve(block.conv2, block.dropout(block.nonlinearity(block.norm2(x))))
+    return x + given
 
 
-def _decode_block(block: Any, x: Tensor, features: list[Tensor], index: list[int]) -> Tensor:
+def _decode_block(block: Any, x: Tensor, causal: CausalPass) -> Tensor:
     """Run one block of the decoder: its residual layers, then twice the rows and columns, and the frames if it does."""
     given = x
     for resnet in block.resnets:
-        x = resnet(x, feat_cache=features, feat_idx=index)
+        x = _decode_residual(resnet, x, causal)
     upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
     if upsampler is None:
         return x
     if upsampler.mode == "upsample3d":
-        pairs = _convolve(upsampler.time_conv, x, features, index)
+        pairs = causal.convolve(upsampler.time_conv, x)
         x = pairs.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
     x = upsampler.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (given.shape[0], -1)).transpose(1, 2)
     shortcut = getattr(block, "avg_shortcut", None)
@@ -322,8 +337,14 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     Inductor must not reuse buffers. It writes some features straight into the input of a convolution; the copy that is
     returned is then made in place, as a view of that input, whose memory torch 2.13 gives to a later kernel. Without
     reuse the buffers are freed all the same.
+
+    Its thresholds are for kernels that it may make larger: at the usual ones a norm behind several residual layers is
+    written in float32 before its activation, and read again to be laid between the frames before it.
     """
-    options: dict[str, Any] = {"allow_buffer_reuse": False, "inplace_buffers": False}
+    options: dict[str, Any] = {
+        "allow_buffer_reuse": False, "inplace_buffers": False, "realize_reads_threshold": 16,
+        "realize_acc_reads_threshold": 16, "realize_opcount_threshold": 100,
+    }  # fmt: skip
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
