@@ -46,8 +46,8 @@ class WanVAE:
 
     Args:
         module: an `AutoencoderKLWan`; it is used as it is, its own caches are left alone.
-        compile: run the decoder, from a stream's second latent frame on, through torch.compile: norms, activations,
-            padding and concatenation fuse into one pass between convolutions.
+        compile: run the decoder, from a stream's second latent frame on, through torch.compile: residual sums, norms,
+            activations and concatenation fuse into one pass between convolutions, two where frames are stacked.
         frames_at_once: latent frames decoded together from a stream's second on; more take more memory. How a stream is
             cut may change its last bits.
         channels_last: lay features out with the channels innermost; None: on CUDA only.
