@@ -31,7 +31,7 @@ def block_window_attention(
     impl: str = "auto",
     deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute softmax(q k^T * sm_scale) v over the keys that `pattern` lets each query see. Differentiable.
+    """Compute softmax(q k^T * sm_scale) v over the keys that `pattern` lets each query see. Differentiable, once.
 
     Inputs are expected to be finite: the Triton kernels may process blocks smaller than a tile together, and a NaN in a
     key of one such block then reaches its neighbours in the tile (0 x NaN).

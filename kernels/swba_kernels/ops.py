@@ -220,6 +220,10 @@ def _gradients(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | No
     return dq, dk, dv, None if saved[3] is None else dq_sink, *[None] * 8
 
 
+def _refuse_second_gradients(*args: Any) -> None:
+    raise RuntimeError("block_window_attention: expected to be differentiated once, got a gradient of its gradients")
+
+
 def _on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
     """Make the device of the first tensor the current one, on which Triton launches; nobody else does for Python."""
 
@@ -242,3 +246,4 @@ for _name, _body, _fake in (
     _LIBRARY.impl(_name, _on_its_device(_body), "CUDA")
     torch.library.register_fake(f"swba::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("swba::forward", _gradients, setup_context=_save_for_backward, lib=_LIBRARY)
+torch.library.register_autograd("swba::backward", _refuse_second_gradients, lib=_LIBRARY)

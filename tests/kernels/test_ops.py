@@ -165,6 +165,17 @@ def test_the_log_sum_exp_carries_no_gradient() -> None:
     assert not lse.requires_grad
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_gradients_of_gradients_are_refused_where_they_are_asked_for(with_sinks) -> None:
+    q, k, v = draw(9)
+    pattern, q_sink = (BlockWindow(3, 6, 2), q * 2) if with_sinks else (BlockWindow(3, 6), None)
+    out = swba_kernels.block_window_attention(q, k, v, pattern, q_sink=q_sink)
+    first = torch.autograd.grad(out.sum(), (q, k, v), create_graph=True)
+    assert all(torch.equal(x, y) for x, y in zip(first, torch.autograd.grad(out.sum(), (q, k, v)), strict=True))
+    with pytest.raises(RuntimeError, match="block_window_attention: expected to be differentiated once"):
+        torch.autograd.grad(first[0].square().sum(), (q, k, v))
+
+
 def test_results_have_the_layout_of_their_inputs() -> None:
     q, k, v = draw(9)
     out = swba_kernels.block_window_attention(q, k, v, BlockWindow(3, 6))
