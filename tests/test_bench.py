@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swba_infer.bench import attention, peers
+from swba_infer.bench import attention, peers, wan_vae
 from swba_infer.bench.clock import interleave
 from swba_infer.bench.gate import check, expect
 from swba_infer.bench.report import summary
@@ -137,3 +137,27 @@ def test_the_summary_puts_ratios_on_ours() -> None:
     text = summary({"results": [row("swba", 0.5, 2.0), row("fa4", 1.0, 1.0)]}, ("swba",))
     assert text.splitlines()[0] == "| shape | pass | unit | fa4 | swba |"
     assert text.splitlines()[2] == "| s | decode | ms | 1.0000 | 0.5000 x2.00 |"
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("what", ["attention", "wan-vae"])
+def test_an_impossible_budget_is_refused_before_anything_is_timed(what, budget, capsys) -> None:
+    assert main(["bench", what, "--device", "cpu", f"--budget={budget}"]) == 2
+    assert capsys.readouterr().err.startswith("swba-infer: budget: expected a positive number of seconds")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--frames", "0"], "frames: expected at least 1, got 0"),
+        (["--only", "compiled, nhwc"], "only: expected a part of one of"),
+        (["--only", "compiled", "--no-compile"], "only: expected a part of one of"),
+        (["--height", "0"], "height: expected a positive multiple of 8 pixels, got 0"),
+        (["--height", "16", "--width", "17"], "width: expected a positive multiple of 8 pixels, got 17"),
+    ],
+)
+def test_bad_options_of_the_decoders_benchmark_are_refused_by_name(options, message, monkeypatch, capsys) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.setitem(wan_vae.MODELS, "wan2.1", {"base_dim": 8, "num_res_blocks": 1})
+    assert main(["bench", "wan-vae", "--device", "cpu", *options]) == 2
+    assert f"swba-infer: {message}" in capsys.readouterr().err

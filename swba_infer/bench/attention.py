@@ -19,7 +19,7 @@ from ..device import pick_device
 from ..errors import ConfigError
 from ..files import check_writable
 from . import peers
-from .clock import Timing, as_graph, interleave, rulers
+from .clock import Timing, as_graph, check_budget, interleave, rulers
 from .gate import Expected, check, expect
 from .peers import OURS
 from .report import header, plot_attention, summary, write_json
@@ -55,12 +55,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; return 1 if one of our own variants fails its gate."""
     device = pick_device(args.device)
     shapes = select(args.shapes or ("all" if device.type == "cuda" else "tiny"))
+    budget = check_budget(args.budget)
     out = check_writable(args.out) if args.out else None
     variants = {shape: _wanted(args.ours, args.peers, shape) for shape in shapes}
     report = {**header(device, args.argv), "method": METHOD, "rulers": rulers(device), "results": [], "skipped": []}
     print(f"{report['device']}: " + ", ".join(f"{k} {v:.4g}" for k, v in report["rulers"].items()))
     for shape in shapes:
-        measure(shape, device, variants[shape], args.impl, args.budget, report)
+        measure(shape, device, variants[shape], args.impl, budget, report)
         print(_table(shape, report), flush=True)
         if out:
             write_json(out, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+
+from ..errors import ConfigError
 
 REPLAY_BELOW_MS = 0.2
 CALLS_PER_GRAPH = 20
@@ -21,6 +24,13 @@ class Timing(NamedTuple):
     p10: float
     p90: float
     samples: int
+
+
+def check_budget(seconds: float) -> float:
+    """Return seconds that a variant may be timed for; raise ConfigError if it is no such number."""
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise ConfigError(f"budget: expected a positive number of seconds, got {seconds:g}")
+    return seconds
 
 
 def percentile(values: list[float], fraction: float) -> float:

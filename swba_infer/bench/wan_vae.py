@@ -21,7 +21,7 @@ from ..errors import ConfigError, NumericsError
 from ..files import check_writable
 from ..wan.extra import require
 from ..wan.vae import FRAMES_PER_LATENT, WanVAE
-from .clock import interleave, rulers
+from .clock import check_budget, interleave, rulers
 from .report import header, write_json
 
 WAN_2_2: dict[str, Any] = {
@@ -48,8 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write."""
-    out = check_writable(args.out) if args.out else None
     device = pick_device(args.device)
+    check_budget(args.budget)
+    if args.frames < 1:
+        raise ConfigError(f"frames: expected at least 1, got {args.frames}")
+    _variants(args.frames, not args.no_compile, args.only)
+    out = check_writable(args.out) if args.out else None
     report = {**header(device, args.argv), **measure(args, device)}
     for row in report["results"]:
         print(
@@ -72,8 +76,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         module = require("diffusers").AutoencoderKLWan(**MODELS[args.model]).to(dtype).eval()
     modules = {False: module, True: copy.deepcopy(module)}
     scale = WanVAE(module, channels_last=False).scale
-    if args.frames < 1 or args.height % scale or args.width % scale:
-        raise ConfigError(f"size: expected a multiple of {scale} pixels, got {args.height} x {args.width}")
+    for name in ("height", "width"):
+        if (pixels := getattr(args, name)) < 1 or pixels % scale:
+            raise ConfigError(f"{name}: expected a positive multiple of {scale} pixels, got {pixels}")
     shape = (1, module.config.z_dim, 1 + 2 * args.frames, args.height // scale, args.width // scale)
     latents = torch.randn(shape, device=device)
     calls: dict[str, tuple[Callable[[], object], int]] = {}
@@ -129,13 +134,17 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 def _variants(frames: int, compiled: bool, only: str) -> dict[str, dict[str, Any]]:
     """Return the options of each variant, eager and contiguous first, which is always among them."""
     found: dict[str, dict[str, Any]] = {}
+    names: list[str] = []
     for layout in (False, True):
         for compile_ in (False, True)[: 1 + compiled]:
             for at_once in dict.fromkeys((1, frames)):
                 how = "compiled" if compile_ else "eager"
                 name = f"{how}, {'channels last' if layout else 'contiguous'}, {at_once} at once"
+                names.append(name)
                 if not found or only in name:
                     found[name] = {"compile": compile_, "channels_last": layout, "frames_at_once": at_once}
+    if not any(only in name for name in names):
+        raise ConfigError(f"only: expected a part of one of {names}, got {only!r}")
     return found
 
 
