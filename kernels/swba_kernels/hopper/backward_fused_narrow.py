@@ -23,16 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import hide_others, queries_of, turn_at, walk_grid, work_of
-from .backward_shared import (
-    LN2,
-    keep_seen,
-    load_apart,
-    row_box,
-    seen_buffer,
-    store_tile,
-    store_tile_apart,
-    weigh,
-)
+from .backward_shared import LN2, load_apart, row_box, store_tile, store_tile_apart, weigh
 from .compat import box, cta_barrier, tma_load, tma_store, view
 from .pipeline import counting, next_stage
 
@@ -41,7 +32,7 @@ from .pipeline import counting, next_stage
 def _produce(inputs, buffers, barriers, i_work, pattern, shape, TOGETHER: gl.constexpr, Q_SINK: gl.constexpr):
     """Load the keys and values once, then every tile of queries with its terms, head by head."""
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, _, _ = buffers
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, _ = buffers
     keys_full, full, empty, _, _ = barriers
     heads, group, kv_in_all = shape
     STAGES: gl.constexpr = q_smem.shape[0]
@@ -83,7 +74,7 @@ def _consume(
     dV and dK of a tile run beside S^T and dP^T of the next one.
     """
     _, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, _ = outputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem, ds_smem, _ = buffers
+    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, _ = buffers
     keys_full, full, empty, ds_full, ds_empty = barriers
     heads, group, kv_in_all = shape
     DTYPE: gl.constexpr = q_smem.dtype
@@ -101,8 +92,7 @@ def _consume(
     seen_from, seen_to = queries_of(keys, part)
     if Q_SINK:
         seen_to, all_start = hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, BLOCK_N)
-    from_smem, to_smem = keep_seen(seen_from, seen_to, seen_smem, WARPGROUP)
-    edges = (from_smem, to_smem, all_start, all_stop, stop)
+    edges = (seen_from, seen_to, all_start, all_stop, stop)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     v = v_smem.index(WARPGROUP)
     dk = gl.zeros([64, D], gl.float32, SUMS)
@@ -171,7 +161,7 @@ def _fold_and_add(
     In turn, the first tile of keys writes instead.
     """
     sum_desc, _, _, _, _, p_turns = outputs
-    q_smem, _, k_smem, _, _, _, _, _, ds_smem, dq_smem = buffers
+    q_smem, _, k_smem, _, _, _, _, ds_smem, dq_smem = buffers
     keys_full, _, _, ds_full, ds_empty = barriers
     heads, group, kv_in_all = shape
     SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
@@ -241,7 +231,6 @@ def fused_narrow_kernel(
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
-    seen_smem = seen_buffer(2)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -261,7 +250,7 @@ def fused_narrow_kernel(
         i_work = gl.program_id(0)
     inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
     outputs = (sum_desc, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns)
-    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem, ds_smem, dq_smem)
+    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, ds_smem, dq_smem)
     barriers = (keys_full, full, empty, ds_full, ds_empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all)

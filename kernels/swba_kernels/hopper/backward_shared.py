@@ -78,19 +78,16 @@ def keep_seen(seen_from, seen_to, seen_smem, WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def hide(x, row, count_smem, edges, SLIDES: gl.constexpr):
+def hide(x, row, count_smem, edges):
     """Zero what belongs to a query that does not see the key, if the tile at `row` holds any.
 
-    `edges` says which queries see each key (from, to: buffers), which see all keys of the tile, and, if tiles of
-    queries slide, where the last one starts.
+    `edges` says which queries see each key (from, to: buffers), which see all keys of the tile, and where the last tile
+    of queries starts, if they slide.
     """
-    from_smem, to_smem, all_start, all_stop, latest = edges
+    from_smem, to_smem, all_start, all_stop, _ = edges
     if (row < all_start) | (row + x.shape[1] > all_stop):
         seen_from = from_smem.load(gl.SliceLayout(1, x.type.layout))
         seen_to = to_smem.load(gl.SliceLayout(1, x.type.layout))
-        if SLIDES:
-            seen_from = gl.maximum(seen_from, row)
-            row = gl.minimum(row, latest)
         queries = row + count_smem.load(gl.SliceLayout(0, x.type.layout))[None, :]
         x = gl.where((queries >= seen_from[:, None]) & (queries < seen_to[:, None]), x, 0.0)
     return x
@@ -103,19 +100,31 @@ def weigh(
 ):  # fmt: skip
     """Return P^T = exp2(S^T - lse) and dS^T = P^T (dP^T - delta) as first operands of the next matmuls.
 
-    `edges` as in `hide`. s_t is in flight, with AFTER matmuls behind it, of which dp_t is the first; all have ended on
-    return.
+    `edges` as in `hide`, but for the ranges of each key: numbers in registers, or buffers if tiles slide. s_t is in
+    flight, with AFTER matmuls behind it, of which dp_t is the first; all have ended on return.
     """
     lse_smem, delta_smem, count_smem = terms
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16]))
+    seen_from, seen_to, all_start, all_stop, latest = edges
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     lse2 = row_terms(lse_smem, BLOCK_M, COLUMNS)
     s_t = warpgroup_mma_wait(AFTER, deps=(s_t,))
     p_t = gl.exp2(s_t * scale2 - lse2[None, :])
     delta = row_terms(delta_smem, BLOCK_M, COLUMNS)
     dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
     slope = dp_t - delta[None, :]
-    p_t = hide(p_t, row, count_smem, edges, SLIDES)
-    slope = hide(slope, row, count_smem, edges, SLIDES)
+    if (row < all_start) | (row + BLOCK_M > all_stop):
+        if SLIDES:
+            low = gl.maximum(seen_from.load(gl.SliceLayout(1, SCORES)), row)
+            high = seen_to.load(gl.SliceLayout(1, SCORES))
+            row = gl.minimum(row, latest)
+        else:
+            low = seen_from
+            high = seen_to
+        queries = row + count_smem.load(COLUMNS)[None, :]
+        visible = (queries >= low[:, None]) & (queries < high[:, None])
+        p_t = gl.where(visible, p_t, 0.0)
+        slope = gl.where(visible, slope, 0.0)
     return p_t.to(DTYPE), (p_t * slope).to(DTYPE)
 
 
