@@ -77,6 +77,8 @@ def run_prompt(args: argparse.Namespace) -> int:
     video = VideoWriter(args.out, fps=fps, scale=scale, keep_partial=True)
     frames = _count_frames(args, fps)
     sampler = _sampler(args)
+    if args.sink_distance == "bounded" and args.sinks in (None, 0):
+        raise ConfigError("sinks: expected at least 1 with --sink-distance bounded, got 0")
     size = parse_size(args.size)
     find_transformer(args.model)
     device = pick_device(args.device)

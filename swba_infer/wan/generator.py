@@ -24,7 +24,17 @@ from ..generator import fetch
 from ..models.wan import WanTransformer, compile_layers, patchify, unpatchify
 from .decoder import StreamDecoder
 from .history import LatentHistory
-from .inputs import SINKS, Encoder, Prompt, check_context, check_int, embed_prompt, encode_clip, latent_sides
+from .inputs import (
+    SINKS,
+    Encoder,
+    Prompt,
+    check_context,
+    check_int,
+    check_type,
+    embed_prompt,
+    encode_clip,
+    latent_sides,
+)
 from .load import load_wan
 from .sampler import Key, RenoisingSampler
 from .saved import LaneRecord, read_saved, write_saved
@@ -82,6 +92,7 @@ class WanGenerator:
     ) -> None:
         size = model.config
         stream = stream or StreamConfig(tokens_per_frame=size.tokens_per_frame, frames_per_block=3, window_frames=21)
+        check_type("stream", stream, StreamConfig)
         if stream.tokens_per_frame != size.tokens_per_frame:
             raise ConfigError(
                 f"stream: expected {size.tokens_per_frame} tokens per frame, got {stream.tokens_per_frame}"
@@ -90,7 +101,7 @@ class WanGenerator:
             raise ConfigError(f"vae: expected one of {size.channels} latent channels, got {vae.channels}")
         needed = stream.sink_frames + stream.window_frames
         keep = check_int("keep_frames", stream.window_frames + needed if keep_frames is None else keep_frames, needed)
-        self.sampler = sampler or RenoisingSampler()
+        self.sampler = check_type("sampler", sampler or RenoisingSampler(), RenoisingSampler)
         self.decoder = StreamDecoder(vae, lanes, check_finite=True)
         self.encoder, self.fps, self.lanes = encoder, fps, lanes
         self.height, self.width = size.latent_height * vae.scale, size.latent_width * vae.scale
@@ -218,7 +229,8 @@ class WanGenerator:
         Raises:
             ConfigError: sizes that cannot work, latents that were not kept, or guidance switched on or off.
         """
-        if sampler is not None and (sampler.guidance != 1) != self._guided:
+        sampler = check_type("sampler", sampler or self.sampler, RenoisingSampler)
+        if (sampler.guidance != 1) != self._guided:
             raise ConfigError(
                 f"guidance: expected it to stay {'on' if self._guided else 'off'}, got {sampler.guidance}"
             )
@@ -232,7 +244,7 @@ class WanGenerator:
             for lane in range(self.lanes):
                 self._encode(engine, lane, self._rows(lane), keep_sinks=False)
             self.engine = engine
-        self.sampler = sampler or self.sampler
+        self.sampler = sampler
 
     def reset(self, lane: int | None = None) -> None:
         """Make one lane (None: all) an empty stream without a prompt."""

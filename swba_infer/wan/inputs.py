@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .prompts import PromptSchedule
 from .text import EmbeddedPrompts, TextEncoder
 from .vae import FRAMES_PER_LATENT, FeatureCache, WanVAE, from_pixels
 
+T = TypeVar("T")
 SINKS = ("keep", "refresh")
 
 Prompt = str | Tensor | PromptSchedule | EmbeddedPrompts
@@ -69,6 +70,13 @@ def encode_clip(vae: WanVAE, frames: Tensor) -> Tensor:
         latents, cache = vae.encode(from_pixels(frames[begin:end].to(vae.device)[None]), cache)
         parts.append(latents)
     return torch.cat(parts, dim=2)
+
+
+def check_type(name: str, value: Any, kind: type[T]) -> T:
+    """Return the value if it is of the kind; raise ConfigError if not."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+    return value
 
 
 def check_int(name: str, value: Any, low: int | None = None, below: int | None = None) -> int:

@@ -79,6 +79,13 @@ def test_sinks_at_a_bounded_distance_make_another_video_once_the_window_is_full(
     assert differ[-1]
 
 
+@pytest.mark.parametrize("sinks", [(), ("--sinks", 0)])
+def test_a_distance_without_sinks_is_refused(model, embeds, tmp_path, capsys, sinks):
+    options = ("--prompt-embeds", embeds, "--sink-distance", "bounded", *sinks)
+    assert main(arguments(model, tmp_path / "a.mp4", *options)) == 2
+    assert "sinks: expected at least 1 with --sink-distance bounded, got 0" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_file(model, embeds, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         options = ("--prompt-embeds", embeds, "--frames", 16, "--seed", seed)

@@ -449,6 +449,11 @@ def test_parts_that_do_not_fit_are_refused():
         WanGenerator(tiny_wan(), vae, replace(STREAM, tokens_per_frame=5))
     with pytest.raises(ConfigError, match="keep_frames: expected an int of at least 5"):
         WanGenerator(tiny_wan(), vae, STREAM, keep_frames=4)
+    for name, kind in (("stream", "StreamConfig"), ("sampler", "RenoisingSampler")):
+        with pytest.raises(ConfigError, match=f"{name}: expected a {kind}, got int"):
+            WanGenerator(tiny_wan(), vae, **{name: 4})
+    with pytest.raises(ConfigError, match="sampler: expected a RenoisingSampler, got int"):
+        WanGenerator(tiny_wan(), vae, STREAM).reconfigure(window_frames=2, sampler=4)
 
 
 def test_a_long_stream_keeps_its_memory_and_its_position_is_absolute():
