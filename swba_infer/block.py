@@ -196,10 +196,10 @@ def check_qkv(
         if name == "q":
             grouped = len(shape) == 4 and shape[1] > 0 and shape[1] % kv_heads == 0
             fits = grouped and (shape[0], *shape[2:]) == (rows, tokens, head_dim)
-            expected = f"[{rows}, a multiple of {kv_heads}, {tokens}, {head_dim}]"
         else:
-            fits, expected = shape == tuple(kv_shape), str(list(kv_shape))
+            fits = shape == tuple(kv_shape)
         if not fits:
+            expected = f"[{rows}, a multiple of {kv_heads}, {tokens}, {head_dim}]" if name == "q" else list(kv_shape)
             raise StreamStateError(f"{name}: expected {expected}, got {list(shape)}")
         if x.dtype != dtype:
             raise StreamStateError(f"{name}: expected {dtype}, got {x.dtype}")
@@ -222,6 +222,6 @@ def check_q_sink(q_sink: Tensor | None, q: Tensor, bounded: bool) -> None:
         return
     if not isinstance(q_sink, Tensor):
         raise StreamStateError(f"q_sink: expected a tensor, got {type(q_sink).__name__}")
-    got, expected = (f"{x.dtype} {list(x.shape)} on {x.device}" for x in (q_sink, q))
-    if got != expected:
+    if (q_sink.dtype, q_sink.shape, q_sink.device) != (q.dtype, q.shape, q.device):
+        got, expected = (f"{x.dtype} {list(x.shape)} on {x.device}" for x in (q_sink, q))
         raise StreamStateError(f"q_sink: expected {expected} as q, got {got}")

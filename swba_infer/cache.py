@@ -314,6 +314,7 @@ class RingKVCache:
         missing = [layer for layer in range(self.layers) if layer not in block.done]
         if missing:
             raise StreamStateError(f"commit: expected every layer to attend the block, layers {missing} did not")
+        self.staged_peak_bytes = max(self.staged_peak_bytes, block.staged_bytes)
         return block
 
     @torch.no_grad()
@@ -377,7 +378,6 @@ class RingKVCache:
                 q, k, v, pattern, k_ring, v_ring, history, q_sink=q_sink, lanes=index, impl=self.impl
             )
             block.stage(layer, k, v, self.window)
-            self.staged_peak_bytes = max(self.staged_peak_bytes, self.staged_bytes)
         else:
             out = swba_kernels.block_window_attention(
                 q, k, v, block.pattern(self.stream), q_sink=q_sink, impl=self.impl

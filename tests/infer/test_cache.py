@@ -122,9 +122,10 @@ def test_a_prefill_on_history_writes_nothing_before_its_commit_and_reports_what_
     for layer, x in enumerate(qkv):
         cache.prefill(layer, *x)
     assert torch.equal(cache.k, before)
-    assert cache.staged_bytes == cache.staged_peak_bytes == 2 * LAYERS * KV_HEADS * 6 * HEAD_DIM * 8
+    staged = 2 * LAYERS * KV_HEADS * 6 * HEAD_DIM * 8
+    assert cache.staged_bytes == staged
     cache.commit()
-    assert (cache.staged_bytes, cache.position) == (0, (29,))
+    assert (cache.staged_bytes, cache.staged_peak_bytes, cache.position) == (0, staged, (29,))
 
 
 def test_a_prefill_of_an_empty_lane_beside_one_with_history_is_exact_for_both():

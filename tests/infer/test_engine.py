@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_model import TinyModel
@@ -342,3 +344,19 @@ def test_a_compiled_model_streams_the_same_and_is_not_recompiled_as_positions_mo
     with torch.no_grad():
         full = model(tokens, FullSequence(STREAM.pattern, 1, 60))
     torch.testing.assert_close(torch.cat(outs, dim=1), full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distance", ["growing", "bounded"])
+def test_a_compiled_model_prefills_on_history_and_steps_by_other_sizes_as_it_does_uncompiled(distance):
+    torch._dynamo.reset()
+    stream = replace(STREAM, sink_frames=1, sink_distance=distance)
+    model = TinyModel().double()
+    engines = [StreamingEngine(m, stream) for m in (model, torch.compile(model, fullgraph=True, backend="eager"))]
+    for tokens in (8, 5, 12, 31, 1):
+        x = draw(1, tokens).double()
+        for expected, out in zip(*([engine.prefill(x), engine.step(x[:, -4:])] for engine in engines), strict=True):
+            torch.testing.assert_close(out, expected)
+    expected, peak = (engine.memory()["staged_peak"] for engine in engines)
+    assert peak == expected > 0
+    assert isinstance(peak, int)
