@@ -8,7 +8,7 @@ import torch
 from swba_infer.bench import attention, peers, wan_vae
 from swba_infer.bench.clock import interleave
 from swba_infer.bench.gate import check, expect
-from swba_infer.bench.report import summary
+from swba_infer.bench.report import header, summary
 from swba_infer.bench.shapes import SETS, Shape, _training, select
 from swba_infer.cli import main
 from swba_infer.errors import ConfigError
@@ -161,3 +161,9 @@ def test_bad_options_of_the_decoders_benchmark_are_refused_by_name(options, mess
     monkeypatch.setitem(wan_vae.MODELS, "wan2.1", {"base_dim": 8, "num_res_blocks": 1})
     assert main(["bench", "wan-vae", "--device", "cpu", *options]) == 2
     assert f"swba-infer: {message}" in capsys.readouterr().err
+
+
+def test_the_command_in_a_report_can_be_given_to_a_shell() -> None:
+    argv = ["bench", "wan-vae", "--only", "channels last", "--budget", "1.5"]
+    command = header(CPU, argv)["command"]
+    assert command == "swba-infer bench wan-vae --only 'channels last' --budget 1.5"

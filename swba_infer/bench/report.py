@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -44,7 +45,7 @@ def header(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "versions": versions(),
-        "command": "swba-infer " + " ".join(argv),
+        "command": shlex.join(["swba-infer", *argv]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
