@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..config import StreamConfig
+from ..config import SINK_DISTANCES, StreamConfig
 from ..device import pick_device
 from ..errors import ConfigError
 from ..files import check_writable
@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=3, help="latent frames of a block (default: %(default)s)")
     parser.add_argument("--window", type=int, default=21, help="latent frames of the window (default: %(default)s)")
     parser.add_argument("--sinks", type=int, default=0, help="latent frames of the sinks (default: %(default)s)")
+    parser.add_argument(
+        "--sink-distance",
+        choices=SINK_DISTANCES,
+        default="growing",
+        help="from which sinks are seen (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of a block (default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     parser.add_argument("--decode-at-once", type=int, default=1, help="latent frames decoded together (default: 1)")
@@ -59,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write."""
     if args.blocks < 1:
         raise ConfigError(f"blocks: expected at least 1, got {args.blocks}")
+    if args.load is not None and not args.load.is_file():
+        raise ConfigError(f"load: expected a file that --save wrote, got {args.load}")
+    check_distance(args.sinks, args.sink_distance)
     for path in (args.save, args.out):
         if path is not None:
             check_writable(path)
@@ -81,6 +90,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_distance(sinks: int, distance: str) -> None:
+    """Raise ConfigError if a distance is bounded from sinks that are not there."""
+    if distance != "growing" and not sinks:
+        raise ConfigError(f"sink_distance: expected growing without sinks, got {distance}")
+
+
 def _make(args: argparse.Namespace, device: torch.device) -> tuple[WanGenerator, float]:
     """Build the generator; return it with the seconds that took."""
     started = time.perf_counter()
@@ -97,7 +112,7 @@ def _make(args: argparse.Namespace, device: torch.device) -> tuple[WanGenerator,
     vae = WanVAE(module, compile=compiled, frames_at_once=args.decode_at_once)
     stream = StreamConfig(
         tokens_per_frame=size.tokens_per_frame, frames_per_block=args.frames, window_frames=args.window,
-        sink_frames=args.sinks,
+        sink_frames=args.sinks, sink_distance=args.sink_distance,
     )  # fmt: skip
     generator = WanGenerator(model, vae, stream, RenoisingSampler.with_steps(args.steps))
     return generator, time.perf_counter() - started
