@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,8 @@ def _rows(name: str, tokens: int, frames: int) -> int:
     return frames if "condition_embedder" in name else tokens
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | float:
+def _mark(device: torch.device) -> Any:
+    """Return a point in time: an event on CUDA, else seconds."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -172,12 +173,8 @@ def _mark(device: torch.device) -> torch.cuda.Event | float:
     return event
 
 
-def _between(a: torch.cuda.Event | float, b: torch.cuda.Event | float) -> float:
-    if isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event):
-        return a.elapsed_time(b)
-    assert isinstance(a, float)
-    assert isinstance(b, float)
-    return 1e3 * (b - a)
+def _between(a: Any, b: Any) -> float:
+    return 1e3 * (b - a) if isinstance(a, float) else a.elapsed_time(b)
 
 
 def _wait(device: torch.device) -> None:
