@@ -35,9 +35,9 @@ def test_ten_minutes_are_flat_in_time_and_memory(tmp_path):
             generator = make_generator(sampler=SAMPLER)
             generator.load(tmp_path / "stream")
             made = generator.blocks()
-        before = time.perf_counter()
+        before = time.process_time()
         next(made)
-        milliseconds.append(1e3 * (time.perf_counter() - before))
+        milliseconds.append(1e3 * (time.process_time() - before))
         resident.append(resident_mib())
         sizes.append((generator.engine.memory()["cache"], generator.decoder.bytes))
         if block in (BLOCKS // 2 + 50, BLOCKS - 1):
@@ -47,7 +47,8 @@ def test_ten_minutes_are_flat_in_time_and_memory(tmp_path):
     assert len(set(sizes[10:])) == 1
     assert objects[1] - objects[0] < 100, objects
     half = slice(BLOCKS // 2 + 50, BLOCKS // 2 + 300), slice(-250, None)
-    early, late = (statistics.median(milliseconds[part]) for part in half)
+    # Processor time of the fastest tenth: other tests run beside this one, and slow down what they like for a while.
+    early, late = (statistics.quantiles(milliseconds[part], n=10)[0] for part in half)
     assert late < 1.25 * early, (early, late)
     before, after = (statistics.median(resident[part]) for part in half)
     assert after - before < 64, (before, after)  # what the allocator keeps between convolutions varies by half of that
