@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..cache import RingKVCache
-from ..config import SINK_DISTANCES, StreamConfig
+from ..config import StreamConfig
 from ..device import pick_device
 from ..errors import ConfigError
 from ..files import check_writable
@@ -35,7 +35,7 @@ from .peers import Unavailable
 from .report import header, write_json
 from .wan_block import OURS, PROBES, BlockTime, Stepper, Work, fill, make_ours, pass_flops, time_blocks
 from .wan_official import LAST_FRAME, OFFICIAL, Official
-from .wan_stream import SIZES, check_distance
+from .wan_stream import SIZES, add_stream_arguments, make_stream
 
 METHOD = (
     "random weights and latents, one lane; a block is its denoising steps and its commit pass on a full window; four "
@@ -62,17 +62,7 @@ class Made(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the benchmark."""
-    parser.add_argument("--model", choices=sorted(SIZES), default="1.3B", help="which sizes (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=3, help="latent frames of a block (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=21, help="latent frames of the window (default: %(default)s)")
-    parser.add_argument("--sinks", type=int, default=0, help="latent frames of the sinks (default: %(default)s)")
-    parser.add_argument(
-        "--sink-distance",
-        choices=SINK_DISTANCES,
-        default="growing",
-        help="from which sinks are seen (default: %(default)s)",
-    )
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps of a block (default: %(default)s)")
+    add_stream_arguments(parser)
     parser.add_argument(
         "--variants",
         default="all",
@@ -103,11 +93,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the times of each variant with floors, memory and compile seconds, and what was skipped."""
     size = SIZES[args.model]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    stream = StreamConfig(
-        tokens_per_frame=size.tokens_per_frame, frames_per_block=args.frames, window_frames=args.window,
-        sink_frames=args.sinks, sink_distance=args.sink_distance,
-    )  # fmt: skip
-    check_distance(args.sinks, args.sink_distance)
+    stream = make_stream(args)
     if args.official is not None and args.sink_distance != "growing":
         raise ConfigError(f"sink_distance: expected growing beside the official code, got {args.sink_distance}")
     names = _wanted(args.variants, args.official is not None)

@@ -41,18 +41,8 @@ PARTS = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the benchmark."""
-    parser.add_argument("--model", choices=sorted(SIZES), default="1.3B", help="which sizes (default: %(default)s)")
+    add_stream_arguments(parser)
     parser.add_argument("--blocks", type=int, default=100, help="blocks to draw (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=3, help="latent frames of a block (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=21, help="latent frames of the window (default: %(default)s)")
-    parser.add_argument("--sinks", type=int, default=0, help="latent frames of the sinks (default: %(default)s)")
-    parser.add_argument(
-        "--sink-distance",
-        choices=SINK_DISTANCES,
-        default="growing",
-        help="from which sinks are seen (default: %(default)s)",
-    )
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps of a block (default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     parser.add_argument("--decode-at-once", type=int, default=1, help="latent frames decoded together (default: 1)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
@@ -67,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"blocks: expected at least 1, got {args.blocks}")
     if args.load is not None and not args.load.is_file():
         raise ConfigError(f"load: expected a file that --save wrote, got {args.load}")
-    check_distance(args.sinks, args.sink_distance)
+    stream = make_stream(args)
     for path in (args.save, args.out):
         if path is not None:
             check_writable(path)
     device = pick_device(args.device)
-    generator, made_seconds = _make(args, device)
+    generator, made_seconds = _make(args, stream, device)
     report = {**header(device, args.argv), "model": args.model, "load_s": made_seconds, **_measure(args, generator)}
     for part in report["parts"]:
         memory = f", {part['gpu_gib']:.2f} GiB on the GPU" if part["gpu_gib"] else ""
@@ -90,13 +80,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_distance(sinks: int, distance: str) -> None:
-    """Raise ConfigError if a distance is bounded from sinks that are not there."""
-    if distance != "growing" and not sinks:
-        raise ConfigError(f"sink_distance: expected growing without sinks, got {distance}")
+def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that say which sizes and which stream, for `make_stream`."""
+    parser.add_argument("--model", choices=sorted(SIZES), default="1.3B", help="which sizes (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=3, help="latent frames of a block (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=21, help="latent frames of the window (default: %(default)s)")
+    parser.add_argument("--sinks", type=int, default=0, help="latent frames of the sinks (default: %(default)s)")
+    parser.add_argument(
+        "--sink-distance",
+        choices=SINK_DISTANCES,
+        default="growing",
+        help="from which sinks are seen (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps of a block (default: %(default)s)")
 
 
-def _make(args: argparse.Namespace, device: torch.device) -> tuple[WanGenerator, float]:
+def make_stream(args: argparse.Namespace) -> StreamConfig:
+    """Return the stream of the options; raise ConfigError if it cannot be, or bounds the distance of no sinks."""
+    if args.sink_distance != "growing" and not args.sinks:
+        raise ConfigError(f"sink_distance: expected growing without sinks, got {args.sink_distance}")
+    return StreamConfig(
+        tokens_per_frame=SIZES[args.model].tokens_per_frame, frames_per_block=args.frames, window_frames=args.window,
+        sink_frames=args.sinks, sink_distance=args.sink_distance,
+    )  # fmt: skip
+
+
+def _make(args: argparse.Namespace, stream: StreamConfig, device: torch.device) -> tuple[WanGenerator, float]:
     """Build the generator; return it with the seconds that took."""
     started = time.perf_counter()
     size = SIZES[args.model]
@@ -110,10 +119,6 @@ def _make(args: argparse.Namespace, device: torch.device) -> tuple[WanGenerator,
     with torch.device(device):
         module = require("diffusers").AutoencoderKLWan(**fields).to(dtype)
     vae = WanVAE(module, compile=compiled, frames_at_once=args.decode_at_once)
-    stream = StreamConfig(
-        tokens_per_frame=size.tokens_per_frame, frames_per_block=args.frames, window_frames=args.window,
-        sink_frames=args.sinks, sink_distance=args.sink_distance,
-    )  # fmt: skip
     generator = WanGenerator(model, vae, stream, RenoisingSampler.with_steps(args.steps))
     return generator, time.perf_counter() - started
 
