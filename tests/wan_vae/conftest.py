@@ -23,6 +23,12 @@ def autoencoder(request: pytest.FixtureRequest) -> Any:
     return small_autoencoder(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["wan2.1", "wan2.2"])
+def shallow(request: pytest.FixtureRequest) -> Any:
+    """Return layers of every kind, but one residual layer a block: quick to compile."""
+    return small_autoencoder(request.param, num_res_blocks=0)
+
+
 @pytest.fixture
 def small() -> Any:
     return small_autoencoder()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from swba_infer.errors import CheckpointError, ConfigError, StreamStateError
 from swba_infer.wan.convolution import CausalPass, stack_weights
@@ -175,16 +176,18 @@ def test_a_stacked_convolution_is_the_causal_convolution(layout: torch.memory_fo
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_decoding_on_a_gpu_is_as_good_as_eager_decoding(autoencoder: Any, dtype: torch.dtype) -> None:
+def test_compiled_decoding_on_a_gpu_is_as_good_as_eager_decoding(shallow: Any, dtype: torch.dtype) -> None:
+    """Each case compiles a graph of its own, which takes time by the kernel, and more if kernels are tuned."""
     latents = latents_of(7)
-    exact = whole_clip(autoencoder.double(), latents.double()).float()
-    module = autoencoder.to("cuda", dtype)
+    exact = whole_clip(shallow.double(), latents.double()).float()
+    module = shallow.to("cuda", dtype)
     errors = []
     for compile_ in (False, True):
         vae, cache, parts = WanVAE(module, compile=compile_), None, []
-        for chunk in latents.cuda().split([1, 3, 3], dim=2):
-            frames, cache = vae.decode(chunk, cache)
-            parts.append(frames.float().cpu())
+        with inductor.patch({"triton.autotune_pointwise": False}):
+            for chunk in latents.cuda().split([1, 3, 3], dim=2):
+                frames, cache = vae.decode(chunk, cache)
+                parts.append(frames.float().cpu())
         errors.append(relative_error(torch.cat(parts, dim=2), exact))
     assert errors[1] <= 2 * errors[0] + 1e-5
     assert errors[0] < (1e-2 if dtype == torch.float32 else 0.1)
