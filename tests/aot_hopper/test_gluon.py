@@ -16,7 +16,7 @@ from swba_kernels.hopper.supports import build_obstacle
 
 pytestmark = pytest.mark.gluon
 
-NO_MATMUL = {"combine", "row_terms_kernel", "cast_kernel"}
+NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 
 # Bytes a thread may spill, by Triton version and kernel: what was found when they were recorded. None elsewhere.
 # "q_sink" is for calls with queries of their own for the sinks.
@@ -47,7 +47,7 @@ def rows(count: int) -> torch.Tensor:
 
 
 def train(shape: Shape, sink: int = 0) -> None:
-    from swba_kernels.hopper.backward import CONFIGS, IN_TURN, backward
+    from swba_kernels.hopper.backward import FAST, IN_TURN, SPLIT, backward
     from swba_kernels.hopper.forward import forward
 
     dtype, n, kv_heads = getattr(torch, shape.dtype), shape.tokens, shape.kv_heads or shape.heads
@@ -58,9 +58,7 @@ def train(shape: Shape, sink: int = 0) -> None:
     options["q_sink"] = torch.empty_like(q) if sink else None
     out, lse = forward(q, k, v, scale=0.1, **options)
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
-    configs = [config for (head_dim, _), config in CONFIGS.items() if head_dim == shape.head_dim]
-    if not sink:
-        configs.append(IN_TURN if shape.head_dim == 128 else CONFIGS[64, False]._replace(turn_rows=128))
+    configs = [table[shape.head_dim] for table in (SPLIT, IN_TURN, FAST)]
     for config in configs:
         *grads, of_sinks = backward(torch.empty_like(q), q, k, v, out, lse, scale=0.1, config=config, **options)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

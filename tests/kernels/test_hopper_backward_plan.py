@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 pytest.importorskip("triton.experimental.gluon")
 
 from swba_kernels import BlockWindow
-from swba_kernels.hopper import backward_ranges
+from swba_kernels.hopper import backward, backward_ranges
 
 NUMPY = SimpleNamespace(minimum=np.minimum, maximum=np.maximum, where=np.where, constexpr=int)
-NAMES = ("block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile", "turn_of", "turn_at", "place")
+NAMES = (
+    "block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile",
+    "walk_grid", "next_row", "first_tile", "place", "place_apart", "pattern_of", "work_of",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,18 +77,18 @@ def walk_queries(pattern: BlockWindow, n: int, keys: int, rows: int) -> np.ndarr
     return met
 
 
-def walk_fused(pattern: BlockWindow, n: int, keys: int, rows: int) -> np.ndarray:
-    """Walk as the fused kernel does; check on the way that every tile of queries is added to in turn."""
+def walk_fused(pattern: BlockWindow, n: int, keys: int, rows: int, down: bool) -> np.ndarray:
+    """Walk as the fused kernel does, and return how often each (query, key) pair entered a sum."""
     sizes = numbers(pattern, n)
     met = np.zeros((n, n), int)
-    turns = np.zeros(-(-n // rows), int)
-    shared = 4 * rows
-    counters = np.zeros(-(-n // shared), int)
     for first in range(0, n, keys):
-        start, stop, all_start, all_stop = backward_ranges.query_walk(first, sizes, keys)
+        tiles, from_row, to_row, all_start, all_stop = backward_ranges.walk_grid(first, sizes, rows, keys, down)
         tile = first + np.arange(keys)
         seen_from, seen_to = backward_ranges.queries_of(tile, sizes)
-        for row in range(start // rows * rows, stop, rows):
+        row = from_row
+        for i in range(tiles):
+            assert row % rows == 0
+            assert (row == to_row) == (i == tiles - 1)
             queries = row + np.arange(rows)[:, None]
             visible = np.ones((rows, keys), bool)
             if row < all_start or row + rows > all_stop:
@@ -94,19 +97,41 @@ def walk_fused(pattern: BlockWindow, n: int, keys: int, rows: int) -> np.ndarray
             assert not (visible & ((queries >= n) | (tile >= n))).any()
             i_query, i_key = np.nonzero(visible)
             np.add.at(met, (row + i_query, first + i_key), 1)
-            assert backward_ranges.turn_of(first, row, sizes, keys, rows) == turns[row // rows]
-            begin = start // rows * rows
-            counter, turn, begins, ends, writes = backward_ranges.turn_at(
-                first, row, 3, begin, stop, sizes, rows, keys, shared
-            )
-            assert writes == (turns[row // rows] == 0)
-            assert begins == (row == begin or row // shared != (row - rows) // shared)
-            assert ends == (row + rows >= stop or row // shared != (row + rows) // shared)
-            assert turn == counters[counter - 3 * len(counters)]
-            counters[row // shared] += ends
-            turns[row // rows] += 1
-    assert (turns > 0).all(), "a tile of sums that nobody writes"
+            row = backward_ranges.next_row(row, from_row, to_row, rows, down)
+        assert row == from_row, "the next head's walk starts where this one did"
     return met
+
+
+def take_turns(pattern: BlockWindow, n: int, keys: int, rows: int, heads: int, group: int, together: int) -> None:
+    """Run the work of the fused kernel in the order in which it is handed out, and assert that it is somebody's turn.
+
+    A program that would wait here waits for one that was handed out later, which may never start.
+    """
+    sizes = numbers(pattern, n)
+    sink = sizes[3]
+    apart = sink > 0
+    shape = (heads * group, group, heads, together)
+    tiles = -(-n // rows)
+    counters = np.zeros((1 + apart, heads * group, tiles), int)
+    starts = [backward_ranges.first_tile(row, sink, (*sizes[:3], 0, sizes[4]), keys) for row in range(0, n, rows)]
+    counters[0] = ~np.array(starts)
+    counters[1:] = ~0
+    work = -(-sink // keys) + -(-(n - sink) // keys)
+    for i_work in range(work * heads):
+        in_sinks, part, _, i_h, first, i_sums = backward_ranges.work_of(i_work, sizes, shape, keys, apart)
+        count, from_row, to_row, _, _ = backward_ranges.walk_grid(first, part, rows, keys, True)
+        tile = (first - (sink if apart and not in_sinks else 0)) // keys
+        for head in range(i_h * group, (i_h + 1) * group):
+            row = from_row
+            for _ in range(count):
+                assert counters[i_sums, head, row // rows] in (tile, ~tile)
+                counters[i_sums, head, row // rows] = tile + 1
+                row = backward_ranges.next_row(row, from_row, to_row, rows, True)
+    for in_sinks, part in enumerate(counters):
+        reader = backward._first_reader_of_others(sizes) if apart and not in_sinks else 0
+        unread = (tiles if reader == n else reader // rows) if apart and not in_sinks else 0
+        assert (part[:, :unread] < 0).all(), "sums that are cleared, and then added to"
+        assert (part[:, unread:] > 0).all(), "sums that nobody writes"
 
 
 def walk_keys(pattern: BlockWindow, n: int, rows: int, columns: int) -> np.ndarray:
@@ -151,10 +176,20 @@ def test_the_walk_over_keys_meets_every_visible_pair_once(problem, tile) -> None
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems(), st.sampled_from([(8, 4), (8, 8), (12, 4), (16, 4), (1, 1), (4, 16)]))
-def test_the_fused_walk_meets_every_visible_pair_once_and_adds_in_turn(problem, tile) -> None:
+@given(problems(), st.sampled_from([(8, 4), (8, 8), (12, 4), (16, 4), (1, 1), (4, 16)]), st.booleans())
+def test_the_fused_walk_meets_every_visible_pair_once_up_or_down(problem, tile, down) -> None:
     pattern, n = problem
-    np.testing.assert_array_equal(walk_fused(pattern, n, *tile), pattern.mask(n).numpy())
+    np.testing.assert_array_equal(walk_fused(pattern, n, *tile, down), pattern.mask(n).numpy())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    problems(),
+    st.sampled_from([(8, 4), (8, 8), (12, 4), (16, 4), (1, 1), (4, 16)]),
+    st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 4)),
+)
+def test_programs_that_add_in_turn_wait_only_for_those_handed_out_before(problem, tile, heads) -> None:
+    take_turns(*problem, *tile, *heads)
 
 
 @settings(max_examples=100, deadline=None)
@@ -163,7 +198,7 @@ def test_work_is_handed_out_once_and_by_key_within_a_head(n, batch, kv_heads, to
     tiles = -(-n // 4)
     seen = {(b, h): 0 for b in range(batch) for h in range(kv_heads)}
     for i_work in range(tiles * batch * kv_heads):
-        i_b, i_h, first = backward_ranges.place(i_work, kv_heads, batch * kv_heads, (n, 1, 1, 0, 0), 4, together)
+        i_b, i_h, first = backward_ranges.place(i_work, kv_heads, batch * kv_heads, together, (n, 1, 1, 0, 0), 4)
         assert first == seen[i_b, i_h]
         seen[i_b, i_h] += 4
     assert set(seen.values()) == {tiles * 4}
@@ -185,15 +220,6 @@ def test_real_tiles_meet_every_visible_pair_once(pattern, n) -> None:
     for keys, rows in ((128, 64), (192, 64), (128, 128)):
         np.testing.assert_array_equal(walk_queries(pattern, n, keys, rows), mask)
         np.testing.assert_array_equal(walk_keys(pattern, n, keys, rows), mask)
-        np.testing.assert_array_equal(walk_fused(pattern, n, keys, rows), mask)
-
-
-def test_adding_in_turn_is_for_many_heads_with_a_long_window() -> None:
-    from swba_kernels.hopper.backward import CONFIGS, IN_TURN, choose_config
-
-    assert all(choose_config(128, True, heads, 4096) is IN_TURN for heads in (16, 32))
-    assert all(choose_config(128, True, heads, 8192) == IN_TURN._replace(turn_rows=256) for heads in (16, 24))
-    split = CONFIGS[128, True]
-    assert all(choose_config(128, True, *sizes) is split for sizes in ((12, 32768), (16, 4095), (24, 4096)))
-    assert choose_config(128, False, 16, 32768) is CONFIGS[128, False]
-    assert choose_config(64, True, 16, 32768) is CONFIGS[64, True]
+        for down in (False, True):
+            np.testing.assert_array_equal(walk_fused(pattern, n, keys, rows, down), mask)
+    take_turns(pattern, n, 128, 64, 2, 1, 2)

@@ -19,6 +19,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")]
 
 EDGES = [1, 63, 64, 65, 127, 128, 129, 1560]
+MODES = ["split", "in turn", "fastest"]  # the first two are deterministic
 
 
 @pytest.fixture(autouse=True)
@@ -254,15 +255,14 @@ def test_prefill_through_the_public_function() -> None:
             check_prefill(case, torch.bfloat16, "hopper", "cuda", seed, spare=seed, bounded=True)
 
 
-def gradients(
-    inputs: tuple[Tensor, ...], dout: Tensor, pattern: BlockWindow, deterministic: bool
-) -> tuple[Tensor, ...]:
+def gradients(inputs: tuple[Tensor, ...], dout: Tensor, pattern: BlockWindow, mode: str) -> tuple[Tensor, ...]:
     """Return dq, dk, dv and dq_sink."""
-    from swba_kernels.hopper.backward import backward
+    from swba_kernels.hopper.backward import FAST, IN_TURN, SPLIT, backward
 
     q, k, v, q_sink = inputs
     out, lse = forward(*inputs, pattern)
-    options = {"scale": q.shape[-1] ** -0.5, "q_sink": q_sink, "deterministic": deterministic}
+    config = {"split": SPLIT, "in turn": IN_TURN, "fastest": FAST}[mode][q.shape[-1]]
+    options = {"scale": q.shape[-1] ** -0.5, "q_sink": q_sink, "config": config}
     return backward(dout, q, k, v, out, lse, **options, **sizes(pattern))
 
 
@@ -282,24 +282,25 @@ def test_gradients_at_every_edge(sink, head_dim) -> None:
         of_q, of_k, of_q_sink = cancellation(q, k, v, dout, pattern, head_dim**-0.5, q_sink)
         floors = (of_q, of_k, None, of_q_sink)
         oracle, eager = by_autograd(torch.float64), by_autograd(torch.bfloat16)
-        for deterministic in (True, False):
-            actual = gradients(inputs, dout, pattern, deterministic)
+        for mode in MODES:
+            actual = gradients(inputs, dout, pattern, mode)
             for name, *numbers in zip(("dq", "dk", "dv", "dq_sink"), actual, oracle, eager, floors, strict=True):
-                assert_close(*numbers[:3], f"{name} {pattern} N{n} {deterministic}", numbers[3])
+                assert_close(*numbers[:3], f"{name} {pattern} N{n} {mode}", numbers[3])
 
 
+@pytest.mark.parametrize("mode", MODES[:2])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_results_repeat_bit_for_bit(head_dim) -> None:
+def test_results_repeat_bit_for_bit(head_dim, mode) -> None:
     pattern = BlockWindow(333, 999, 70, 20)
     inputs, dout = draw_call(3000, head_dim), draw(1, 4, 3000, head_dim, seed=9)
-    first = (*forward(*inputs, pattern), *gradients(inputs, dout, pattern, True))
+    first = (*forward(*inputs, pattern), *gradients(inputs, dout, pattern, mode))
     for _ in range(20):
-        again = (*forward(*inputs, pattern), *gradients(inputs, dout, pattern, True))
+        again = (*forward(*inputs, pattern), *gradients(inputs, dout, pattern, mode))
         assert all(map(torch.equal, again, first))
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_nan_of_hidden_tokens_reaches_nobody(deterministic) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_of_hidden_tokens_reaches_nobody(mode) -> None:
     """Sinks, blocks and window are multiples of the tiles here: what shares a tile shares its NaN (0 x NaN)."""
     pattern, n, token = BlockWindow(256, 512, 128), 1500, 700
     mask = pattern.mask(n, "cuda")
@@ -312,7 +313,7 @@ def test_nan_of_hidden_tokens_reaches_nobody(deterministic) -> None:
         for x in inputs:
             x[:, :, token] = value
         out, lse = forward(*inputs, pattern)
-        dq, dk, dv, dq_sink = gradients(inputs, dout, pattern, deterministic)
+        dq, dk, dv, dq_sink = gradients(inputs, dout, pattern, mode)
         of_queries = (x[:, :, ~lost_queries] for x in (out, lse, dq, dq_sink))
         results.append((*of_queries, *(x[:, :, ~lost_keys] for x in (dk, dv))))
     assert lost_keys.any()

@@ -207,7 +207,7 @@ def key_tiles(sizes: tuple[int, ...], keys: int) -> list[tuple[bool, int]]:
     """Return (in_sinks, first key) of every program of the kernels that keep a tile of keys, for one head."""
     n, _, _, sink, _ = sizes
     count = -(-sink // keys) + -(-(n - sink) // keys)
-    placed = [ranges.place_apart(i, 1, 1, sizes, keys, 1) for i in range(count)]
+    placed = [ranges.place_apart(i, 1, 1, 1, sizes, keys) for i in range(count)]
     assert all((i_b, i_h) == (0, 0) for _, i_b, i_h, _ in placed)
     return [(bool(in_sinks), int(first)) for in_sinks, _, _, first in placed]
 
@@ -300,7 +300,7 @@ def test_work_of_the_fused_backward_is_handed_out_once_sinks_first(sink, others,
     sizes = (sink + others, 1, 1, sink, 0)
     heads = batch * kv_heads
     count = (-(-sink // 8) + -(-others // 8)) * heads
-    placed = [ranges.place_apart(i, kv_heads, heads, sizes, 8, together) for i in range(count)]
+    placed = [ranges.place_apart(i, kv_heads, heads, together, sizes, 8) for i in range(count)]
     assert [bool(x[0]) for x in placed] == sorted((bool(x[0]) for x in placed), reverse=True)
     starts = [(True, first) for first in range(0, sink, 8)] + [
         (False, first) for first in range(sink, sink + others, 8)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..portable.forward import LOG2E
@@ -20,6 +22,7 @@ from .backward_dq import dq_kernel
 from .backward_fused import fused_kernel
 from .backward_fused_narrow import fused_narrow_kernel
 from .backward_order import sum_layout
+from .backward_ranges import first_tile
 from .backward_shared import ROW_COPIES, row_box_layout
 from .launch import _Base, descriptor
 from .supports import tma_strides
@@ -47,40 +50,37 @@ class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
     Pipeline stages of the queries and (at head dim 64) of dS on its way to the warpgroup that makes dQ of it, registers
-    of a consumer's thread, heads that run side by side, and for how many queries a program takes its turn to add (by
-    key, so that the sums have the same bits every time; 0: it adds at once).
+    of a consumer's thread and of one of that warpgroup, kv heads that run side by side, whether programs add in turn
+    (by key, so that the sums have the same bits every time) and walk down from the end of the sequence.
     """
 
     stages: int
     slope_stages: int
     registers: int
+    sum_registers: int
     together: int
-    turn_rows: int
+    in_turn: bool = False
+    down: bool = False
 
 
-# Chosen on an H200 under triton 3.6.0; by (D, deterministic).
-CONFIGS: dict[tuple[int, bool], Split | Fused] = {
-    (64, True): Split(dkv=Walk(2, 64, 4, 240), dq=Walk(2, 128, 3, 240)),
-    (128, True): Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
-    (64, False): Fused(stages=4, slope_stages=3, registers=208, together=16, turn_rows=0),
-    (128, False): Fused(stages=2, slope_stages=2, registers=240, together=12, turn_rows=0),
+# Chosen on an H200 under triton 3.6.0; by head dim.
+SPLIT = {
+    64: Split(dkv=Walk(2, 64, 4, 240), dq=Walk(2, 128, 3, 240)),
+    128: Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
 }
-IN_TURN = Fused(stages=2, slope_stages=2, registers=240, together=16, turn_rows=128)
+FAST = {
+    64: Fused(stages=4, slope_stages=3, registers=208, sum_registers=72, together=4),
+    128: Fused(stages=2, slope_stages=2, registers=240, sum_registers=24, together=3),
+}
+IN_TURN = {
+    64: FAST[64]._replace(together=8, in_turn=True, down=True),
+    128: FAST[128]._replace(together=4, in_turn=True, down=True),
+}
 
 
-def choose_config(head_dim: int, deterministic: bool, heads: int, window: int) -> Split | Fused:
-    """Return the configuration for `heads` kv heads of the whole batch and a window of `window` tokens.
-
-    Adding in turn pays at head dim 128 where programs seldom wait for one another: many heads side by side, in whole
-    groups of 16 unless the window is long. Measured (docs/hopper.md): 3 to 14% faster than the split kernels within
-    these bounds, up to four times as slow outside of them.
-    """
-    if deterministic and head_dim == 128 and heads >= 16:
-        if window >= 8192:
-            return IN_TURN._replace(turn_rows=256)
-        if window >= 4096 and heads % 16 == 0:
-            return IN_TURN
-    return CONFIGS[head_dim, deterministic]
+def choose_config(head_dim: int, deterministic: bool) -> Split | Fused:
+    """Return the configuration."""
+    return (IN_TURN if deterministic else FAST)[head_dim]
 
 
 @triton.jit(
@@ -158,9 +158,24 @@ def copyable(x: Tensor) -> Tensor:
     return x if tma_strides(x) and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
+@gluon.jit(
+    do_not_specialize=["count", "n", "block_size", "window", "sink", "grid_start", "tiles", "sink_part"]
+)  # fmt: skip
+def start_turns_kernel(
+    p_counters, count, n, block_size, window, sink, grid_start, tiles, sink_part, ROWS: gl.constexpr, KEYS: gl.constexpr
+):
+    """Set the ticket to 0, and the counter of each tile of queries to ~(the first tile of keys that adds to it)."""
+    i = gl.program_id(0) * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    pattern = (n, block_size, window, 0, grid_start)
+    row = gl.minimum(i % tiles * ROWS, n - 1)
+    first = gl.where(i < sink_part, first_tile(row, sink, pattern, KEYS), 0)
+    gl.store(p_counters + 4 + i, ~first, mask=i < count)
+    gl.store(p_counters + i, gl.zeros_like(i), mask=i < 4)
+
+
 @triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "n", "tiles"])
-def cast_kernel(p_sum, p_dq, scale, s_b, s_h, s_n, heads, n, tiles, D: tl.constexpr):
-    """Write dq = scale * sum in the dtype and layout of dq; strides count 8 elements.
+def cast_kernel(p_sum, p_more, p_dq, scale, s_b, s_h, s_n, heads, n, tiles, D: tl.constexpr, TWO: tl.constexpr):
+    """Write dq = scale * sum in the dtype and layout of dq, or of TWO sums; strides count 8 elements.
 
     Sums of 64 rows lie together, ordered as `by_thread` orders each 64 columns of them.
     """
@@ -170,7 +185,10 @@ def cast_kernel(p_sum, p_dq, scale, s_b, s_h, s_n, heads, n, tiles, D: tl.conste
     i_h = (i_bh % heads).to(tl.int64)
     rows = (pid % tiles * 64 + tl.arange(0, 64))[:, None]
     d = tl.arange(0, D)[None, :]
-    x = tl.load(p_sum + pid.to(tl.int64) * (64 * D) + tl.arange(0, 64 * D))
+    at = pid.to(tl.int64) * (64 * D) + tl.arange(0, 64 * D)
+    x = tl.load(p_sum + at)
+    if TWO:
+        x += tl.load(p_more + at)
     x = tl.reshape(x, [D // 64, 8, 4, 8, 4, 2, 2])
     x = tl.reshape(tl.permute(x, [2, 5, 3, 0, 1, 4, 6]), [64, D])
     p_dq += (i_b * s_b + i_h * s_h) * 8 + rows.to(tl.int64) * s_n * 8 + d
@@ -190,10 +208,10 @@ class _Call(NamedTuple):
     scale: float
     pattern: tuple[int, int, int, int, int]
 
-    def key_tiles(self, keys: int) -> int:
-        """Return how many tiles of `keys` a head has; none holds sinks and others if those are read apart."""
+    def key_tiles(self, keys: int, apart: bool) -> int:
+        """Return how many tiles of `keys` a head has; none holds sinks and others if those are met apart."""
         n, _, _, sink, _ = self.pattern
-        return triton.cdiv(n, keys) if self.q_sink is None else triton.cdiv(sink, keys) + triton.cdiv(n - sink, keys)
+        return triton.cdiv(sink, keys) + triton.cdiv(n - sink, keys) if apart else triton.cdiv(n, keys)
 
 
 class _Gradients(NamedTuple):
@@ -202,9 +220,9 @@ class _Gradients(NamedTuple):
     k: Tensor
     v: Tensor
 
-    def key_descriptors(self, sink: int) -> tuple[TensorDescriptor | None, ...]:
-        """Return those of dk and dv, and of the rows in them that belong to sinks, if sinks are read apart."""
-        ends = (None, None) if self.q_sink is None else (self.k[:, :, :sink], self.v[:, :, :sink])
+    def key_descriptors(self, sink: int, apart: bool) -> tuple[TensorDescriptor | None, ...]:
+        """Return those of dk and dv, and of the rows in them that belong to sinks, if sinks are met apart."""
+        ends = (self.k[:, :, :sink], self.v[:, :, :sink]) if apart else (None, None)
         return tuple(None if x is None else descriptor(x, 64) for x in (self.k, self.v, *ends))
 
 
@@ -217,11 +235,12 @@ def _split(call: _Call, config: Split, grads: _Gradients) -> None:
     batch, heads, n, head_dim = q.shape
     group, sink = heads // k.shape[1], pattern[3]
     walk = config.dkv
-    tiles = call.key_tiles(walk.warpgroups * 64)
+    apart = q_sink is not None
+    tiles = call.key_tiles(walk.warpgroups * 64, apart)
     dkv_kernel[(tiles * batch * k.shape[1],)](
         descriptor(q, walk.rows), _maybe(q_sink, walk.rows), descriptor(dout, walk.rows),
         descriptor(k, 64), descriptor(v, 64), row_descriptor(lse2, walk.rows), row_descriptor(delta, walk.rows),
-        *grads.key_descriptors(sink), scale * LOG2E, *pattern, heads, group, tiles,
+        *grads.key_descriptors(sink, apart), scale * LOG2E, *pattern, heads, group, tiles,
         WARPGROUPS=walk.warpgroups, BLOCK_M=walk.rows, D=head_dim, STAGES=walk.stages, REGISTERS=walk.registers,
         Q_SINK=q_sink is not None, num_warps=4,
     )  # fmt: skip
@@ -251,36 +270,49 @@ def _first_reader_of_others(pattern: tuple[int, int, int, int, int]) -> int:
 def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
     q, q_sink, k, v, dout, lse2, delta, scale, pattern = call
     batch, heads, n, head_dim = q.shape
-    rows, keys = 64, 128
-    tiles, work = triton.cdiv(n, rows), call.key_tiles(keys) * batch * k.shape[1]
-    if q_sink is not None and config.turn_rows:
-        raise ValueError(f"config: expected turn_rows 0 with q_sink, got {config.turn_rows}")
-    targets = (grads.q,) if grads.q_sink is None else (grads.q, grads.q_sink)
-    size = (len(targets) * batch, heads, tiles * head_dim, 64)
-    if config.turn_rows:  # the first to add to a tile writes it instead
+    sink, rows, keys = pattern[3], 64, 128
+    # Turns go by key in the order in which tiles are met, which sinks would break: they take turns of their own.
+    apart = q_sink is not None or (config.in_turn and sink > 0)
+    tiles, work = triton.cdiv(n, rows), call.key_tiles(keys, apart) * batch * k.shape[1]
+    size = ((1 + apart) * batch, heads, tiles * head_dim, 64)
+    if config.in_turn:  # the first to add to a tile writes it instead
         sums = torch.empty(size, dtype=torch.float32, device=q.device)
-        counters = torch.zeros(4 + batch * heads * triton.cdiv(n, config.turn_rows), dtype=torch.int32, device=q.device)
+        if apart:  # nobody adds to queries that see only sinks
+            reader = _first_reader_of_others(pattern)
+            sums[:batch, :, : (tiles if reader == n else reader // rows) * head_dim].zero_()
+        counters = torch.empty(4 + (1 + apart) * batch * heads * tiles, dtype=torch.int32, device=q.device)
+        start_turns_kernel[(triton.cdiv(counters.numel(), 128),)](
+            counters, counters.numel() - 4, *pattern, tiles, batch * heads * tiles, ROWS=rows, KEYS=keys, num_warps=4
+        )
     else:
         sums = torch.zeros(size, dtype=torch.float32, device=q.device)
         counters = torch.empty(4, dtype=torch.int32, device=q.device)
     arguments = (
-        descriptor(q, rows), _maybe(q_sink, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, 64),
+        descriptor(q, rows), _maybe(q if apart and q_sink is None else q_sink, rows), descriptor(dout, rows),
+        descriptor(k, keys), descriptor(v, 64),
         row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, head_dim),
-        *grads.key_descriptors(pattern[3]), counters[4:], counters,
-        scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
+        *grads.key_descriptors(sink, apart), counters[4:], counters,
+        scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1], config.together,
     )  # fmt: skip
     constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "REGISTERS": config.registers}
-    constants |= {"TOGETHER": config.together, "TURN_ROWS": config.turn_rows, "num_warps": 4}
-    constants["Q_SINK"] = q_sink is not None
+    constants |= {"IN_TURN": config.in_turn, "DOWN": config.down, "Q_SINK": apart, "num_warps": 4}
     if head_dim == 128:
         fused_kernel[(work,)](*arguments, **constants)
     else:
-        rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
-        fused_narrow_kernel[(work,)](*arguments, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants)
-    for x, dq in zip(sums.chunk(len(targets)), targets, strict=True):
-        cast_kernel[(tiles * batch * heads,)](
-            x, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles, D=head_dim, num_warps=4
+        fused_narrow_kernel[(work,)](
+            *arguments, SLOPE_STAGES=config.slope_stages, SUM_STAGES=2, SUM_REGISTERS=config.sum_registers, **constants
         )
+    parts = sums.chunk(1 + apart)
+    casts = [(parts[0], None, grads.q)]
+    if q_sink is not None:
+        casts.append((parts[1], None, grads.q_sink))
+    elif apart:
+        casts = [(*parts, grads.q)]
+    for x, more, dq in casts:
+        cast_kernel[(tiles * batch * heads,)](
+            x, more, dq, scale, *(s // 8 for s in dq.stride()[:3]), heads, n, tiles,
+            D=head_dim, TWO=more is not None, num_warps=4,
+        )  # fmt: skip
 
 
 def backward(
@@ -323,9 +355,7 @@ def backward(
     n = q.shape[2]
     pattern = (n, min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
     call = _Call(q, q_sink, k, v, dout, lse2, delta, scale, pattern)
-    if config is None:
-        window = pattern[2] if q_sink is None else 0  # queries of their own for the sinks cannot be added in turn
-        config = choose_config(q.shape[3], deterministic, q.shape[0] * k.shape[1], window)
+    config = config or choose_config(q.shape[3], deterministic)
     if isinstance(config, Split):
         _split(call, config, grads)
     else:

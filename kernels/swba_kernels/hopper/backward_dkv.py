@@ -38,7 +38,7 @@ def _key_tile(kv_heads, tiles, pattern, WARPGROUPS: gl.constexpr, Q_SINK: gl.con
     pid = gl.program_id(0)
     if Q_SINK:
         all_heads = gl.num_programs(0) // tiles
-        in_sinks, i_b, i_h, first = place_apart(pid, kv_heads, all_heads, pattern, WARPGROUPS * 64, 1)
+        in_sinks, i_b, i_h, first = place_apart(pid, kv_heads, all_heads, 1, pattern, WARPGROUPS * 64)
         return in_sinks, pattern_of(in_sinks, pattern), i_b, i_h, first
     else:
         i_kv = pid // tiles

@@ -22,36 +22,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
-from .backward_ranges import hide_others, queries_of, turn_at, walk_grid, work_of
+from .backward_loader import load
+from .backward_order import add, by_thread, sum_box
+from .backward_ranges import hide_others, next_row, queries_of, walk_grid, work_of
 from .backward_shared import (
     LN2,
     hide,
     keep_seen,
-    load_apart,
     row_box,
     row_terms,
     seen_buffer,
     store_tile,
     store_tile_apart,
 )
-from .compat import box, tma_load, tma_store, view
-from .pipeline import counting, next_stage
+from .pipeline import counting
 
 
 @gluon.jit
 def _hand_over(dq, dq_smem, dq_full, dq_empty, phase, WARPGROUP: gl.constexpr):
     """Write 64 columns of dQ to where the adding warp reads them."""
-    mbarrier.wait(dq_empty, phase)
-    dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
+    mbarrier.wait(dq_empty.index(0), phase)
+    dq_smem.index(0).slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
     fence_async_shared()
-    mbarrier.arrive(dq_full, count=1)
+    mbarrier.arrive(dq_full.index(0), count=1)
 
 
 @gluon.jit
 def _consume(
-    outputs, buffers, barriers, i_work, scale2, pattern, shape,
-    TOGETHER: gl.constexpr, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
+    outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape,
+    DOWN: gl.constexpr, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Fold tile after tile of queries into dk and dv of 64 keys, and compute half of what the tile of keys adds to dQ:
 
@@ -62,10 +61,12 @@ def _consume(
     dQ is made of whatever shared memory held, and dropped. dV is issued before dP is waited for: else the assembler
     moves that wait above the exponentials, and the tensor cores have nothing of this warpgroup's to do meanwhile.
     """
-    _, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, _ = outputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem, ds_smem, dq_smem = buffers
-    keys_full, full, empty, ds_full, dq_full, dq_empty = barriers
-    heads, group, kv_in_all = shape
+    dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
+    k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
+    count_smem, seen_smem, ds_smem, dq_smem = own
+    keys_full, full, empty = arrivals
+    ds_full, dq_full, dq_empty = barriers
+    heads, group, kv_in_all, together = shape
     DTYPE: gl.constexpr = q_smem.dtype
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
@@ -76,14 +77,14 @@ def _consume(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, TOGETHER, Q_SINK)
-    start, stop, all_start, all_stop = walk_grid(first, part, BLOCK_M, BLOCK_N)
+    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
+    tiles, from_row, to_row, all_start, all_stop = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from, seen_to = queries_of(keys, part)
     if Q_SINK:
         seen_to, all_start = hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, BLOCK_N)
     from_smem, to_smem = keep_seen(seen_from, seen_to, seen_smem, WARPGROUP)
-    edges = (from_smem, to_smem, all_start, all_stop, stop)
+    edges = (from_smem, to_smem, all_start, all_stop)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     k_columns = k_smem.slice(WARPGROUP * HALF, HALF, dim=1)
     v = v_smem.index(WARPGROUP)
@@ -91,8 +92,8 @@ def _consume(
     dv = gl.zeros([64, D], gl.float32, SUMS)
     none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
     no_sum = gl.zeros([BLOCK_M, HALF], gl.float32, HALVES)
-    count = group * ((stop - start + BLOCK_M - 1) // BLOCK_M)
-    row = start
+    count = group * tiles
+    row = from_row
     mbarrier.wait(keys_full, 0)
     for i in range(count):
         stage = i & 1
@@ -119,8 +120,7 @@ def _consume(
         mbarrier.arrive(ds_full.index(stage), count=1)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
-        row += BLOCK_M
-        row = gl.where(row < stop, row, start)
+        row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
     before = (count & 1) ^ 1
     mbarrier.wait(ds_full.index(before), ((count - 1) >> 1) & 1)
     dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
@@ -138,105 +138,17 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _next_tile(i_head, row, start, stop, BLOCK_M: gl.constexpr):
-    """Step to the next tile of queries, head by head."""
-    row += BLOCK_M
-    if row >= stop:
-        row = start
-        i_head += 1
-    return i_head, row
-
-
-@gluon.jit
-def _load(inputs, buffers, barriers, i_work, pattern, shape, TOGETHER: gl.constexpr, Q_SINK: gl.constexpr):
-    """Load the keys and values once, then every tile of queries with its terms."""
-    q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
-    q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, _, _, _, _ = buffers
-    keys_full, full, empty, _, _, _ = barriers
-    heads, group, kv_in_all = shape
-    STAGES: gl.constexpr = q_smem.shape[0]
-    BLOCK_M: gl.constexpr = q_smem.shape[1]
-    BLOCK_N: gl.constexpr = k_smem.shape[0]
-    D: gl.constexpr = k_smem.shape[1]
-    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, TOGETHER, Q_SINK)
-    start, stop, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N)
-    mbarrier.expect(keys_full, 2 * BLOCK_N * D * 2)
-    tma_load(k_desc, [i_b, i_h, first, 0], keys_full, box(k_smem, BLOCK_N, D))
-    for w in gl.static_range(2):
-        tma_load(v_desc, [i_b, i_h, first + w * 64, 0], keys_full, box(v_smem.index(w), 64, D))
-    stage = 0
-    phase = 1
-    i_head = i_h * group
-    row = start
-    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
-        ready = full.index(stage)
-        mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
-        if Q_SINK:
-            load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage))
-        else:
-            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
-        tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
-        tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
-        tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))
-        stage, phase = next_stage(stage, phase, STAGES)
-        i_head, row = _next_tile(i_head, row, start, stop, BLOCK_M)
-
-
-@gluon.jit
-def _add(
-    outputs, buffers, barriers, i_work, pattern, shape,
-    TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
-):  # fmt: skip
-    """Add the tiles of dQ as they come; the first is none. In turn, the first tile of keys writes instead of adding."""
-    sum_desc, _, _, _, _, p_turns = outputs
-    q_smem, _, k_smem, _, _, _, _, _, _, dq_smem = buffers
-    _, _, _, _, dq_full, dq_empty = barriers
-    heads, group, kv_in_all = shape
-    BLOCK_M: gl.constexpr = q_smem.shape[1]
-    BLOCK_N: gl.constexpr = k_smem.shape[0]
-    SUM_ROWS: gl.constexpr = dq_smem.shape[0]
-    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, TOGETHER, Q_SINK)
-    start, stop, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N)
-    way_out = view(dq_smem, [1, 1, SUM_ROWS, 64], sum_box(4))
-    i_head = i_h * group
-    row = start
-    mbarrier.wait(dq_full, 0)
-    mbarrier.arrive(dq_empty, count=1)
-    phase = 1
-    for _ in range(group * ((stop - start + BLOCK_M - 1) // BLOCK_M)):
-        at = row // BLOCK_M * SUM_ROWS
-        if TURN_ROWS:
-            turn = turn_at(first, row, i_b * heads + i_head, start, stop, pattern, BLOCK_M, BLOCK_N, TURN_ROWS)
-            p_turn = p_turns + turn[0]
-            if turn[2]:
-                await_turn(p_turn, turn[1])
-            mbarrier.wait(dq_full, phase)
-            if turn[4]:
-                tma_store(sum_desc, [i_sums, i_head, at, 0], way_out)
-            else:
-                tma_add(sum_desc, [i_sums, i_head, at, 0], way_out)
-            tma.store_wait(0)
-            mbarrier.arrive(dq_empty, count=1)
-            if turn[3]:
-                pass_turn(p_turn, turn[1] + 1)
-        else:
-            mbarrier.wait(dq_full, phase)
-            tma_add(sum_desc, [i_sums, i_head, at, 0], way_out)
-            tma.store_wait(0)
-            mbarrier.arrive(dq_empty, count=1)
-        phase ^= 1
-        i_head, row = _next_tile(i_head, row, start, stop, BLOCK_M)
-
-
-@gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all"])
+@gluon.jit(
+    do_not_specialize=[
+        "n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all", "together",
+    ]
+)  # fmt: skip
 def fused_kernel(
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc,
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns, p_ticket,
-    scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, TURN_ROWS: gl.constexpr,
-    REGISTERS: gl.constexpr, Q_SINK: gl.constexpr,
+    scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all, together,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    IN_TURN: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
 
@@ -252,7 +164,7 @@ def fused_kernel(
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     ds_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, BLOCK_M], TILE)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M * D // 64, 64], sum_box(2))
+    dq_smem = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M * D // 64, 64], sum_box(2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
@@ -261,29 +173,32 @@ def fused_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    dq_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     mbarrier.init(keys_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(ds_full.index(i), count=2)
-    mbarrier.init(dq_full, count=2)
-    mbarrier.init(dq_empty, count=1)
+    mbarrier.init(dq_full.index(0), count=2)
+    mbarrier.init(dq_empty.index(0), count=1)
     fence_async_shared()
-    if TURN_ROWS:
+    if IN_TURN:
         i_work = gl.atomic_add(p_ticket, 1)
     else:
         i_work = gl.program_id(0)
     inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
-    outputs = (sum_desc, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns)
-    buffers = (q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem, count_smem, seen_smem, ds_smem, dq_smem)
-    barriers = (keys_full, full, empty, ds_full, dq_full, dq_empty)
+    loaded = (k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem)
+    outputs = (dk_desc, dv_desc, dk_sink_desc, dv_sink_desc)
+    own = (count_smem, seen_smem, ds_smem, dq_smem)
+    arrivals = (keys_full, full, empty)
+    barriers = (ds_full, dq_full, dq_empty)
     pattern = (n, block_size, window, sink, grid_start)
-    shape = (heads, group, kv_in_all)
+    shape = (heads, group, kv_in_all, together)
     gl.warp_specialize([
-        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, Q_SINK, 0)),
-        (_consume, (outputs, buffers, barriers, i_work, scale2, pattern, shape, TOGETHER, Q_SINK, 1)),
-        (_load, (inputs, buffers, barriers, i_work, pattern, shape, TOGETHER, Q_SINK)),
-        (_add, (outputs, buffers, barriers, i_work, pattern, shape, TOGETHER, TURN_ROWS, Q_SINK)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape, DOWN, Q_SINK, 0)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape, DOWN, Q_SINK, 1)),
+        (load, (inputs, loaded, arrivals, i_work, pattern, shape, DOWN, Q_SINK)),
+        (add, (sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
+               BLOCK_M, BLOCK_N, True, IN_TURN, DOWN, Q_SINK)),
     ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip

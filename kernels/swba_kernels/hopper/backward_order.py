@@ -7,14 +7,19 @@ Float32 addition does not associate, so adding in any order gives other bits eve
 add to a tile do so in the order of their keys: a counter per tile says whose turn it is.
 """
 
+# ruff: noqa: RUF059 (tuples travel whole between the partitions; each names all that it gets)
+
 from __future__ import annotations
 
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .compat import cta_barrier
+from .backward_ranges import next_row, walk_grid, work_of
+from .compat import cta_barrier, tma_store, view
+from .pipeline import next_stage
 
 
 @builtin
@@ -39,28 +44,94 @@ def by_thread(x):
 
 
 @gluon.jit
-def await_turn(p_turn, turn):
-    """Wait until the counter says `turn`; what others added before is then ordered before what this thread adds."""
+def await_turn(p_turn, tile):
+    """Wait until the counter says `tile`, or ~tile if nobody added before; return what it says.
+
+    What others added before is then ordered before what this thread adds.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred waiting; .reg .u32 first; not.b32 first, $2; again: ld.acquire.gpu.global.u32 $0, [$1]; "
+        "setp.ne.u32 waiting, $0, $2; setp.ne.and.u32 waiting, $0, first, waiting; @waiting bra again; "
+        "fence.proxy.async; }",
+        "=&r,l,r", [p_turn, tile], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _arrival_asm(newer):
+    return f"cp.async.bulk.wait_group {newer}; fence.proxy.async; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def pass_turn(p_turn, tile, NEWER: gl.constexpr):
+    """Wait until what this warp added is in global memory, but for its NEWER latest tiles; then the turn is `tile`'s.
+
+    The thread that issued the additions waits for them, and the others for that thread. Every thread sets the counter:
+    as a maximum, so that a late one cannot set it back.
+    """
+    ASM: gl.constexpr = _arrival_asm(NEWER)
+    gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    cta_barrier()
     gl.inline_asm_elementwise(
-        "{ .reg .pred waiting; .reg .u32 now; again: ld.acquire.gpu.global.u32 now, [$1]; "
-        "setp.ne.u32 waiting, now, $2; @waiting bra again; fence.proxy.async; mov.u32 $0, now; }",
-        "=r,l,r", [p_turn, turn], dtype=gl.int32, is_pure=False, pack=1,
+        "red.release.gpu.global.max.s32 [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r", [p_turn, tile], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def pass_turn(p_turn, turn):
-    """Wait until what this partition added is in global memory, then set the counter to `turn`.
+def add(
+    sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LATE: gl.constexpr,
+    IN_TURN: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+):  # fmt: skip
+    """Add the tiles of dQ of a piece of work as they come; if they come LATE, the first one is none.
 
-    The warp that issued the additions waits for them, and the others for that warp. Every thread sets the counter: as a
-    maximum, so that a late one cannot set it back.
+    In turn, the first tile of keys writes instead of adding. A turn is passed on one tile late, when what was added has
+    arrived: so reading and setting counters runs beside the copies.
     """
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;",
-        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-    cta_barrier()
-    gl.inline_asm_elementwise(
-        "red.release.gpu.global.max.u32 [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r", [p_turn, turn], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    heads, group, kv_in_all, together = shape
+    n, _, _, sink, _ = pattern
+    STAGES: gl.constexpr = dq_smem.shape[0]
+    SUM_ROWS: gl.constexpr = dq_smem.shape[1]
+    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
+    tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
+    i_head = i_h * group
+    row = from_row
+    stage = 0
+    phase = 0
+    if LATE:
+        mbarrier.wait(dq_full.index(stage), phase)
+        mbarrier.arrive(dq_empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    if IN_TURN:
+        origin = 0
+        if Q_SINK:
+            origin = gl.where(in_sinks, 0, sink)
+        tile = (first - origin) // BLOCK_N
+        counters = (n + BLOCK_M - 1) // BLOCK_M
+        p_turn = p_turns + (i_sums * heads + i_head) * counters + row // BLOCK_M
+        p_before = p_turn
+    for i in range(group * tiles):
+        way_out = view(dq_smem.index(stage), [1, 1, SUM_ROWS, 64], sum_box(4))
+        at = [i_sums, i_head, row // BLOCK_M * SUM_ROWS, 0]
+        if IN_TURN:
+            now = await_turn(p_turn, tile)
+            mbarrier.wait(dq_full.index(stage), phase)
+            if now < 0:
+                tma_store(sum_desc, at, way_out)
+            else:
+                tma_add(sum_desc, at, way_out)
+            if i > 0:
+                pass_turn(p_before, tile + 1, 1)
+            p_before = p_turn
+            p_turn += gl.where(row == to_row, counters + (from_row - to_row) // BLOCK_M, -1)
+        else:
+            mbarrier.wait(dq_full.index(stage), phase)
+            tma_add(sum_desc, at, way_out)
+        tma.store_wait(0)
+        mbarrier.arrive(dq_empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+        i_head += (row == to_row).to(gl.int32)
+        row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
+    if IN_TURN:
+        pass_turn(p_before, tile + 1, 0)

@@ -62,15 +62,15 @@ def latest_row(stop, pattern, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def key_walk(first, pattern, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Return (tiles, walk) for the query rows [first, first + ROWS); `walk` is what `key_tile` asks for.
+def key_walk(first, pattern, rows, COLUMNS: gl.constexpr):
+    """Return (tiles, walk) for the query rows [first, first + rows); `walk` is what `key_tile` asks for.
 
     walk = (sink_stop, sink_tiles, left, all_left, all_stop, stop): the rows see sinks [0, sink_stop), in `sink_tiles`
     tiles, and some of the keys [left, stop); all rows see the keys [all_left, all_stop).
     """
     n, _, window, sink, _ = pattern
     end_first = block_end(first, pattern)
-    end_last = block_end(gl.minimum(first + ROWS, n) - 1, pattern)
+    end_last = block_end(gl.minimum(first + rows, n) - 1, pattern)
     left = gl.maximum(end_first - window, 0)
     sink_stop = gl.minimum(sink, left)
     sink_tiles = (sink_stop + COLUMNS - 1) // COLUMNS
@@ -90,56 +90,57 @@ def key_tile(j, walk, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def turn_of(first, row, pattern, KEYS: gl.constexpr, ROWS: gl.constexpr):
-    """Return how many tiles of keys before the one at `first` meet the queries [row, row + ROWS), on fixed grids."""
-    _, walk = key_walk(row, pattern, ROWS, KEYS)
-    window_tile = walk[2] // KEYS
-    sink_tiles = gl.minimum(walk[1], window_tile)
-    tile = first // KEYS
-    return gl.where(tile < window_tile, tile, tile - window_tile + sink_tiles)
-
-
-@gluon.jit
-def place(i_work, kv_heads, all_heads, pattern, BLOCK_N: gl.constexpr, TOGETHER: gl.constexpr):
+def place(i_work, kv_heads, all_heads, together, pattern, BLOCK_N: gl.constexpr):
     """Return (batch row, kv head, first key) of a piece of work.
 
-    Up to TOGETHER of all B * Hkv heads run side by side, tile by tile. So programs that add in turn seldom wait, as a
-    tile of a head is some steps behind the one before it, and what they read and add to stays in the L2 cache.
+    Up to `together` of all B * Hkv heads run side by side, tile by tile: few enough that what their programs read and
+    add to stays in the L2 cache.
     """
     n, _, _, _, _ = pattern
     tiles = (n + BLOCK_N - 1) // BLOCK_N
-    before = i_work // (tiles * TOGETHER) * TOGETHER
-    together = gl.minimum(all_heads - before, TOGETHER)
+    before = i_work // (tiles * together) * together
+    together = gl.minimum(all_heads - before, together)
     i_work -= before * tiles
     i_kv = before + i_work % together
     return i_kv // kv_heads, i_kv % kv_heads, i_work // together * BLOCK_N
 
 
 @gluon.jit
-def walk_grid(first, pattern, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Return the query range of a tile of keys, its start on the grid of query tiles, and the range all keys share."""
+def walk_grid(first, pattern, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, DOWN: gl.constexpr):
+    """Return how a tile of keys walks over the queries that see it: (tiles, first row, last row, range all keys share).
+
+    Rows are those of tiles on the grid; DOWN walks from the end of the sequence to its start. So programs that add in
+    turn, by key, seldom wait: a tile of keys further on in the sequence starts as many queries further on, and meets
+    those of the tile before it when that one has long passed.
+    """
     start, stop, all_start, all_stop = query_walk(first, pattern, BLOCK_N)
-    return start // BLOCK_M * BLOCK_M, stop, all_start, all_stop
+    low = start // BLOCK_M * BLOCK_M
+    tiles = (stop - low + BLOCK_M - 1) // BLOCK_M
+    high = low + (tiles - 1) * BLOCK_M
+    if DOWN:
+        return tiles, high, low, all_start, all_stop
+    else:
+        return tiles, low, high, all_start, all_stop
 
 
 @gluon.jit
-def turn_at(
-    first, row, i_head, start, stop, pattern,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TURN_ROWS: gl.constexpr,
-):  # fmt: skip
-    """Return (counter, turn, begins, ends, writes) for adding to the queries from `row` on of head i_head of all heads.
+def next_row(row, from_row, to_row, BLOCK_M: gl.constexpr, DOWN: gl.constexpr):
+    """Step to the next tile of queries of a walk; behind the last one follows the first one of the next head."""
+    if DOWN:
+        following = row - BLOCK_M
+    else:
+        following = row + BLOCK_M
+    return gl.where(row == to_row, from_row, following)
 
-    A counter serves TURN_ROWS queries: the more, the less time goes into reading and setting counters, and the later
-    the next program starts. A program takes its turn where it `begins` with them, and passes it on where it `ends`. The
-    tile of keys that comes first in a tile of queries writes instead of adding.
+
+@gluon.jit
+def first_tile(row, origin, pattern, KEYS: gl.constexpr):
+    """Return which tile of keys is the first to meet the tile of queries that starts at `row`.
+
+    Tiles of KEYS keys lie on a grid from `origin` on, and those that meet the queries follow each other.
     """
-    n, _, _, _, _ = pattern
-    i_shared = row // TURN_ROWS
-    counter = i_head * ((n + TURN_ROWS - 1) // TURN_ROWS) + i_shared
-    turn = turn_of(first, i_shared * TURN_ROWS, pattern, BLOCK_N, TURN_ROWS)
-    begins = (row % TURN_ROWS == 0) | (row == start)
-    ends = ((row + BLOCK_M) % TURN_ROWS == 0) | (row + BLOCK_M >= stop)
-    return counter, turn, begins, ends, turn_of(first, row, pattern, BLOCK_N, BLOCK_M) == 0
+    _, _, window, _, _ = pattern
+    return (gl.maximum(block_end(row, pattern) - window, origin) - origin) // KEYS
 
 
 @gluon.jit
@@ -150,7 +151,7 @@ def pattern_of(in_sinks, pattern):
 
 
 @gluon.jit
-def place_apart(i_work, kv_heads, all_heads, pattern, BLOCK_N: gl.constexpr, TOGETHER: gl.constexpr):
+def place_apart(i_work, kv_heads, all_heads, together, pattern, BLOCK_N: gl.constexpr):
     """Return (in_sinks, batch row, kv head, first key) of a piece of work; sinks, which most queries see, go first."""
     n, block_size, window, sink, grid_start = pattern
     sink_work = (sink + BLOCK_N - 1) // BLOCK_N * all_heads
@@ -158,24 +159,24 @@ def place_apart(i_work, kv_heads, all_heads, pattern, BLOCK_N: gl.constexpr, TOG
     keys = gl.where(in_sinks, sink, n - sink)
     i_work -= gl.where(in_sinks, 0, sink_work)
     of_part = (keys, block_size, window, sink, grid_start)
-    i_b, i_h, first = place(i_work, kv_heads, all_heads, of_part, BLOCK_N, TOGETHER)
+    i_b, i_h, first = place(i_work, kv_heads, all_heads, together, of_part, BLOCK_N)
     return in_sinks, i_b, i_h, first + gl.where(in_sinks, 0, sink)
 
 
 @gluon.jit
-def work_of(i_work, pattern, shape, BLOCK_N: gl.constexpr, TOGETHER: gl.constexpr, Q_SINK: gl.constexpr):
+def work_of(i_work, pattern, shape, BLOCK_N: gl.constexpr, Q_SINK: gl.constexpr):
     """Return (in_sinks, pattern, batch row, kv head, first key, batch row of the sums) of a piece of work.
 
     The sums of queries that read sinks follow those of all others.
     """
-    heads, group, kv_in_all = shape
+    heads, group, kv_in_all, together = shape
     kv_heads = heads // group
     if Q_SINK:
-        in_sinks, i_b, i_h, first = place_apart(i_work, kv_heads, kv_in_all, pattern, BLOCK_N, TOGETHER)
+        in_sinks, i_b, i_h, first = place_apart(i_work, kv_heads, kv_in_all, together, pattern, BLOCK_N)
         i_sum = i_b + gl.where(in_sinks, kv_in_all // kv_heads, 0)
         return in_sinks, pattern_of(in_sinks, pattern), i_b, i_h, first, i_sum
     else:
-        i_b, i_h, first = place(i_work, kv_heads, kv_in_all, pattern, BLOCK_N, TOGETHER)
+        i_b, i_h, first = place(i_work, kv_heads, kv_in_all, together, pattern, BLOCK_N)
         return False, pattern, i_b, i_h, first, i_b
 
 

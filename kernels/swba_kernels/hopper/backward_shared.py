@@ -81,10 +81,9 @@ def keep_seen(seen_from, seen_to, seen_smem, WARPGROUP: gl.constexpr):
 def hide(x, row, count_smem, edges):
     """Zero what belongs to a query that does not see the key, if the tile at `row` holds any.
 
-    `edges` says which queries see each key (from, to: buffers), which see all keys of the tile, and where the last tile
-    of queries starts, if they slide.
+    `edges` says which queries see each key (from, to: buffers) and which see all keys of the tile.
     """
-    from_smem, to_smem, all_start, all_stop, _ = edges
+    from_smem, to_smem, all_start, all_stop = edges
     if (row < all_start) | (row + x.shape[1] > all_stop):
         seen_from = from_smem.load(gl.SliceLayout(1, x.type.layout))
         seen_to = to_smem.load(gl.SliceLayout(1, x.type.layout))
