@@ -28,6 +28,7 @@ from .text import EmbeddedPrompts, TextEncoder, read_embeds
 from .vae import FRAMES_PER_LATENT
 
 DEFAULT_SECONDS = 10.0
+MAX_FRAMES = 10**12  # 2,000 years
 
 
 class BlockClock:
@@ -97,7 +98,7 @@ def run_prompt(args: argparse.Namespace) -> int:
     if _is_file(args.negative):
         negative = _read_embedded(Path(args.negative), generator).embeds[0]
     context = _context(args, generator)
-    prompts.schedule.check_blocks([max(0, i) / fps for i in _block_starts(generator, frames, context)], frames / fps)
+    prompts.schedule.check_blocks(_block_begins(generator, frames, context), frames, fps)
     print(
         f"{args.model}: {generator.width}x{generator.height} pixels, {sampler.steps} steps a block, on {device} in "
         f"{str(generator.engine.dtype)[6:]}, loaded in {time.perf_counter() - started:.1f} s"
@@ -141,9 +142,11 @@ def _count_frames(args: argparse.Namespace, fps: float) -> int:
     seconds = DEFAULT_SECONDS if args.seconds is None else args.seconds
     if not math.isfinite(seconds) or seconds <= 0:
         raise ConfigError(f"seconds: expected a positive number, got {seconds:g}")
+    if args.frames is None and seconds * fps > MAX_FRAMES:
+        raise ConfigError(f"seconds: expected at most {MAX_FRAMES / fps:g}, got {seconds:g}")
     frames = max(1, round(seconds * fps)) if args.frames is None else args.frames
-    if frames < 1:
-        raise ConfigError(f"frames: expected at least 1, got {frames}")
+    if not 1 <= frames <= MAX_FRAMES:
+        raise ConfigError(f"frames: expected at least 1 and at most {MAX_FRAMES}, got {frames}")
     return frames
 
 
@@ -203,8 +206,8 @@ def _context(args: argparse.Namespace, generator: WanGenerator) -> np.ndarray | 
     return frames
 
 
-def _block_starts(generator: WanGenerator, frames: int, context: np.ndarray | None) -> range:
-    """Return the frames with which blocks begin, but for the first of a stream, which is shorter by three frames."""
+def _block_begins(generator: WanGenerator, frames: int, context: np.ndarray | None) -> range:
+    """Return the frames with which blocks begin, counted as if the first of a stream were as long as the others."""
     block = FRAMES_PER_LATENT * generator.engine.stream.frames_per_block
     return range(0 if context is not None else 1 - FRAMES_PER_LATENT, frames, block)
 

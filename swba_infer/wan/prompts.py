@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,19 +50,20 @@ class PromptSchedule:
             raise ConfigError(f"seconds: expected at least 0, got {seconds!r}")
         return bisect_right(self.starts, seconds) - 1
 
-    def check_blocks(self, block_seconds: Sequence[float], length: float) -> None:
-        """Raise ConfigError unless every prompt gets a block of a video of `length` seconds.
+    def check_blocks(self, begins: Sequence[int], frames: int, fps: float) -> None:
+        """Raise ConfigError unless every prompt gets a block of a video of `frames` frames.
 
         A prompt takes hold with the first block that begins at its time or later.
 
         Args:
-            block_seconds: times at which the blocks begin.
+            begins: rising frames with which the blocks begin, negative ones as 0; a range may be long.
+            fps: frames per second.
         """
-        shown = {self.at(begin) for begin in block_seconds if begin < length}
         for i, start in enumerate(self.starts):
-            if i not in shown:
+            first = bisect_left(begins, start, key=lambda frame: max(0, frame) / fps)
+            if first == len(begins) or begins[first] >= frames or self.at(max(0, begins[first]) / fps) != i:
                 raise ConfigError(
-                    f"prompts: expected every prompt to hold when a block of the {length:g} s video begins, "
+                    f"prompts: expected every prompt to hold when a block of the {frames / fps:g} s video begins, "
                     f"got none for '{start:g}s: {self.texts[i]}'"
                 )
 

@@ -136,6 +136,9 @@ def test_a_prompt_file_is_encoded_and_gives_what_its_embeddings_give(model, embe
     [
         (("--seconds", "0"), "seconds"),
         (("--seconds", "nan"), "seconds"),
+        (("--seconds", "-1"), "seconds"),
+        (("--seconds", "1e308"), "seconds: expected at most"),
+        (("--frames", "1" + 13 * "0"), "frames: expected at least 1 and at most"),
         (("--frames", "0"), "frames"),
         (("--seconds", "1", "--frames", "9"), "seconds"),
         (("--size", "50x32"), "width: expected a positive multiple of 16"),

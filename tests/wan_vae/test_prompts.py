@@ -57,11 +57,20 @@ def test_files_are_utf8_and_errors_name_them(tmp_path: Path) -> None:
 
 def test_a_prompt_that_no_block_would_show_is_refused() -> None:
     schedule = parse_prompts("0s: a\n1s: b\n1.2s: c\n4s: d")
-    schedule.check_blocks([0, 0.75, 1.1, 1.5, 4], 6)
+    schedule.check_blocks([-3, 15, 22, 30, 80], 120, fps=20)
     with pytest.raises(ConfigError, match="got none for '1s: b'"):
-        schedule.check_blocks([0, 0.75, 1.5, 2.25, 3, 3.75, 4.5], 6)
+        schedule.check_blocks(range(0, 120, 15), 120, fps=20)
     with pytest.raises(ConfigError, match="4 s video begins, got none for '4s: d'"):
-        schedule.check_blocks([0, 0.75, 1.1, 1.5, 4], 4)
+        schedule.check_blocks([-3, 15, 22, 30, 80], 80, fps=20)
+    with pytest.raises(ConfigError, match="got none for '4s: d'"):
+        schedule.check_blocks([-3, 15, 22, 30], 80, fps=20)
+
+
+def test_blocks_of_a_thousand_years_are_checked_without_being_counted() -> None:
+    frames = 10**12
+    parse_prompts(f"0s: a\n{frames // 20 - 60}s: b").check_blocks(range(-3, frames, 12), frames, fps=20)
+    with pytest.raises(ConfigError, match="got none for"):
+        parse_prompts(f"0s: a\n{frames // 20}s: b").check_blocks(range(-3, frames, 12), frames, fps=20)
 
 
 @pytest.mark.parametrize(
