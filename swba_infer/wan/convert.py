@@ -57,7 +57,8 @@ def convert(
     Args:
         source: a .pt file, or anything that `load_wan` reads.
         directory: a new path.
-        key: which entry of a .pt file to take; default: the EMA of the generator, else the generator.
+        key: which entry of a .pt file to take, dotted if it lies in another; default: the EMA of the generator, else
+            the generator.
         dtype: of what is written, norms, modulation and time embedding excepted; default: as stored.
         max_shard_bytes: size limit of one file's tensors in bytes; a larger tensor gets a file of its own.
 
@@ -96,7 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `swba-infer convert`."""
     parser.add_argument("source", help="a .pt file, a .safetensors file, or a folder of them")
     parser.add_argument("out", help="the folder to write; must not exist")
-    parser.add_argument("--key", help="the entry of a .pt file to take (default: the EMA, else the generator)")
+    parser.add_argument(
+        "--key", help="the entry of a .pt file to take, dotted if nested (default: the EMA, else the generator)"
+    )
     parser.add_argument("--dtype", choices=sorted(_DTYPES), help="what to store (default: as it is)")
 
 
@@ -144,7 +147,10 @@ def _read(weights: Weights, names: Mapping[str, str], dtypes: Mapping[str, torch
     for theirs, tensor in weights.read(names):
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"tensor {theirs!r}: expected finite values, got NaN or infinity")
-        tensors[names[theirs]] = tensor.detach().to(dtypes[names[theirs]]).clone(memory_format=torch.contiguous_format)
+        written = tensor.detach().to(dtypes[names[theirs]]).clone(memory_format=torch.contiguous_format)
+        if not bool(torch.isfinite(written).all()):
+            raise CheckpointError(f"tensor {theirs!r}: expected values within {written.dtype}, got larger ones")
+        tensors[names[theirs]] = written
     return tensors
 
 

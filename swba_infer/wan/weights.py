@@ -81,7 +81,8 @@ def open_pickle(path: Path, key: str | None = None) -> tuple[Weights, str]:
 
     Args:
         path: the file.
-        key: which entry of the file holds the tensors; default: the EMA of the generator, else the generator.
+        key: which entry of the file holds the tensors, dotted if it lies in another; default: the EMA of the
+            generator, else the generator.
 
     Returns:
         The weights, and the dotted key under which they stood ("" for the file itself).
@@ -105,14 +106,16 @@ def open_pickle(path: Path, key: str | None = None) -> tuple[Weights, str]:
 
 def _find_tensors(content: Any, key: str | None, path: Path) -> tuple[dict[str, Any], str]:
     where: list[str] = []
-    if key is not None:
-        if not isinstance(content, dict) or key not in content:
+    for name in [] if key is None else [key] if isinstance(content, dict) and key in content else key.split("."):
+        if not isinstance(content, dict) or name not in content:
             have = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
             raise CheckpointError(f"{path}: expected the key {key!r}, got {have}")
-        content = content[key]
-        where.append(key)
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((name for name in (*_EMA, *_PLAIN) if isinstance(content.get(name), dict)), None)
+        content = content[name]
+        where.append(name)
+    while isinstance(content, dict):
+        # What trainers keep beside the models may be tensors, too: a step; and an EMA that has not begun is empty.
+        filled = (name for name in (*_EMA, *_PLAIN) if isinstance(content.get(name), dict) and content[name])
+        inner = next(filled, None)
         if inner is None:
             break
         content = content[inner]

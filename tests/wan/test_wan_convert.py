@@ -56,13 +56,24 @@ def test_the_ema_is_preferred_and_written_as_a_folder_that_loads(pickled, tmp_pa
 def test_another_entry_is_taken_by_name(pickled, tmp_path):
     assert convert(pickled, tmp_path / "out", key="generator").key == "generator"
     assert same(load_wan(tmp_path / "out", device="cpu"), weights(seed=2))
+    torch.save({"state": {"now": official(weights(seed=2))}, "generator": {}}, tmp_path / "nested.pt")
+    assert convert(tmp_path / "nested.pt", tmp_path / "nested", key="state.now").key == "state.now"
     with pytest.raises(CheckpointError, match=r"expected the key 'generater', got \['critic', 'generator'"):
         convert(pickled, tmp_path / "other", key="generater")
     with pytest.raises(CheckpointError, match=r"missing tensors|patch_embedding"):
         convert(pickled, tmp_path / "other", key="critic")
 
 
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t}, lambda t: {"ema": {"model": t}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: {"state_dict": t},
+        lambda t: {"ema": {"model": t}},
+        lambda t: {"generator": t, "step": torch.tensor(600)},
+        lambda t: {"generator": t, "generator_ema": {}},
+    ],
+)
 def test_the_tensors_are_found_where_trainers_put_them(tmp_path, ema, wrap):
     torch.save(wrap(official(ema)), tmp_path / "a.pt")
     convert(tmp_path / "a.pt", tmp_path / "out")
@@ -157,6 +168,11 @@ def test_failures_leave_nothing_behind(tmp_path, ema):
     torch.save(bad, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"blocks.1.self_attn.v.bias.*infinity"):
         convert(tmp_path / "a.pt", tmp_path / "out", max_shard_bytes=100_000)
+    assert sorted(os.listdir(tmp_path)) == ["a.pt"]
+    large = official({**ema, "proj_out.bias": torch.full((16,), 1e6)})
+    torch.save(large, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"head.head.bias': expected values within torch.float16"):
+        convert(tmp_path / "a.pt", tmp_path / "out", dtype=torch.float16)
     assert sorted(os.listdir(tmp_path)) == ["a.pt"]
     save_file(ema, tmp_path / "b.safetensors")
     (tmp_path / "out").mkdir()
