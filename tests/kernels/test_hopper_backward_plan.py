@@ -102,7 +102,9 @@ def walk_fused(pattern: BlockWindow, n: int, keys: int, rows: int, down: bool) -
     return met
 
 
-def take_turns(pattern: BlockWindow, n: int, keys: int, rows: int, heads: int, group: int, together: int) -> None:
+def take_turns(
+    pattern: BlockWindow, n: int, keys: int, rows: int, turn_rows: int, heads: int, group: int, together: int
+) -> None:
     """Run the work of the fused kernel in the order in which it is handed out, and assert that it is somebody's turn.
 
     A program that would wait here waits for one that was handed out later, which may never start.
@@ -111,11 +113,14 @@ def take_turns(pattern: BlockWindow, n: int, keys: int, rows: int, heads: int, g
     sink = sizes[3]
     apart = sink > 0
     shape = (heads * group, group, heads, together)
-    tiles = -(-n // rows)
-    counters = np.zeros((1 + apart, heads * group, tiles), int)
-    starts = [backward_ranges.first_tile(row, sink, (*sizes[:3], 0, sizes[4]), keys) for row in range(0, n, rows)]
-    counters[0] = ~np.array(starts)
-    counters[1:] = ~0
+
+    def first_tiles(step: int) -> np.ndarray:
+        part = (*sizes[:3], 0, sizes[4])
+        of_others = [backward_ranges.first_tile(row, sink, part, keys) for row in range(0, n, step)]
+        return np.array([of_others, [0] * len(of_others)][: 1 + apart])[:, None].repeat(heads * group, 1)
+
+    counters, first_writers = ~first_tiles(turn_rows), first_tiles(rows)
+    written = np.zeros(first_writers.shape, bool)
     work = -(-sink // keys) + -(-(n - sink) // keys)
     for i_work in range(work * heads):
         in_sinks, part, _, i_h, first, i_sums = backward_ranges.work_of(i_work, sizes, shape, keys, apart)
@@ -124,14 +129,20 @@ def take_turns(pattern: BlockWindow, n: int, keys: int, rows: int, heads: int, g
         for head in range(i_h * group, (i_h + 1) * group):
             row = from_row
             for _ in range(count):
-                assert counters[i_sums, head, row // rows] in (tile, ~tile)
-                counters[i_sums, head, row // rows] = tile + 1
+                at, turn = (i_sums, head, row // rows), (i_sums, head, row // turn_rows)
+                if row == from_row or (row + rows) % turn_rows == 0:
+                    assert counters[turn] in (tile, ~tile)
+                assert (first_writers[at] == tile) == (not written[at])
+                assert turn_rows > rows or written[at] == (counters[turn] >= 0)
+                written[at] = True
+                if row == to_row or row % turn_rows == 0:
+                    counters[turn] = tile + 1
                 row = backward_ranges.next_row(row, from_row, to_row, rows, True)
-    for in_sinks, part in enumerate(counters):
+    for in_sinks, part in enumerate(written):
         reader = backward._first_reader_of_others(sizes) if apart and not in_sinks else 0
-        unread = (tiles if reader == n else reader // rows) if apart and not in_sinks else 0
-        assert (part[:, :unread] < 0).all(), "sums that are cleared, and then added to"
-        assert (part[:, unread:] > 0).all(), "sums that nobody writes"
+        unread = -(-n // rows) if reader == n else reader // rows
+        assert not part[:, :unread].any(), "sums that are cleared, and then added to"
+        assert part[:, unread:].all(), "sums that nobody writes"
 
 
 def walk_keys(pattern: BlockWindow, n: int, rows: int, columns: int) -> np.ndarray:
@@ -186,10 +197,11 @@ def test_the_fused_walk_meets_every_visible_pair_once_up_or_down(problem, tile, 
 @given(
     problems(),
     st.sampled_from([(8, 4), (8, 8), (12, 4), (16, 4), (1, 1), (4, 16)]),
+    st.sampled_from([1, 2, 4]),
     st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 4)),
 )
-def test_programs_that_add_in_turn_wait_only_for_those_handed_out_before(problem, tile, heads) -> None:
-    take_turns(*problem, *tile, *heads)
+def test_programs_that_add_in_turn_wait_only_for_those_handed_out_before(problem, tile, tiles, heads) -> None:
+    take_turns(*problem, *tile, tiles * tile[1], *heads)
 
 
 @settings(max_examples=100, deadline=None)
@@ -222,4 +234,17 @@ def test_real_tiles_meet_every_visible_pair_once(pattern, n) -> None:
         np.testing.assert_array_equal(walk_keys(pattern, n, keys, rows), mask)
         for down in (False, True):
             np.testing.assert_array_equal(walk_fused(pattern, n, keys, rows, down), mask)
-    take_turns(pattern, n, 128, 64, 2, 1, 2)
+    for turn_rows in (64, 256):
+        take_turns(pattern, n, 128, 64, turn_rows, 2, 1, 2)
+
+
+def test_turns_are_for_calls_with_more_programs_than_start_at_once() -> None:
+    for head_dim in (64, 128):
+        assert backward.choose_config(head_dim, True, 2.0) is backward.IN_TURN[head_dim]
+        assert backward.choose_config(head_dim, True, 1.9) is backward.SPLIT[head_dim]
+        assert all(backward.choose_config(head_dim, False, waves) is backward.FAST[head_dim] for waves in (0.1, 9.0))
+
+
+@pytest.mark.parametrize(("heads", "expected"), [(1, 1), (4, 4), (5, 3), (6, 3), (10, 4), (12, 4), (64, 4)])
+def test_heads_run_side_by_side_in_groups_of_nearly_equal_size(heads, expected) -> None:
+    assert backward.FAST[128].side_by_side(heads) == expected

@@ -194,6 +194,15 @@ def test_nan_stops_with_the_block_and_keeps_the_file_so_far(model, embeds, tmp_p
     assert len(read_frames(tmp_path / "a.partial.mp4")) == 13
 
 
+def test_check_finds_weights_that_attention_would_hide(embeds, model, tmp_path, capsys):
+    """Of a row whose scores are all NaN, torch's attention for the CPU makes zeros."""
+    poisoned = {**weights(), "blocks.1.attn1.to_k.bias": torch.full((128,), float("nan"))}
+    folder = write_folder(tmp_path / "poisoned", DIFFUSERS_CONFIG, poisoned)
+    options = ("--base", model, "--prompt-embeds", embeds, "--check")
+    assert main(arguments(folder, tmp_path / "a.mp4", *options)) == 2
+    assert "tensor 'blocks.1.attn1.to_k.bias': expected finite values" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_an_interrupted_run_leaves_a_playable_file(model, embeds, tmp_path, number, code, suffix):

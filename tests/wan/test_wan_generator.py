@@ -37,6 +37,8 @@ from swba_infer.wan.sampler import RenoisingSampler
 from swba_infer.wan.text import EmbeddedPrompts
 from swba_infer.wan.vae import WanVAE, to_pixels
 
+TWO = PromptSchedule((0.0, 1.0), ("a", "b"))
+
 
 @pytest.mark.parametrize("context_noise", [0.0, 100.0])
 @pytest.mark.parametrize(
@@ -124,8 +126,7 @@ def test_guidance_is_the_combination_of_two_streams_by_hand():
 
 def test_prompts_over_time_switch_with_the_first_block_at_or_after_their_time():
     generator = make_generator(sampler=SAMPLER, fps=8.0)
-    schedule = PromptSchedule((0.0, 1.0), ("a", "b"))
-    frames = collect(generator, 4, prompt=EmbeddedPrompts(schedule, torch.stack([embedding(1), embedding(2)])))
+    frames = collect(generator, 4, prompt=EmbeddedPrompts(TWO, torch.stack([embedding(1), embedding(2)])))
     by_hand = make_generator(sampler=SAMPLER)
     expected = [collect(by_hand, 2, prompt=embedding(1))]
     by_hand.set_prompt(embedding(2))
@@ -170,6 +171,10 @@ def test_nan_stops_the_stream_at_its_block(monkeypatch):
         ({"prompt": "a cat"}, "no text encoder"),
         ({"prompt": torch.zeros(1, 2, 3)}, r"prompt: expected an embedding \[tokens, channels\]"),
         ({"prompt": 3}, "prompt: expected text"),
+        ({"prompt": torch.ones(2, 24, dtype=torch.int64)}, "prompt: expected floating embeddings .* got torch.int64"),
+        ({"prompt": embedding(1) * float("nan")}, "prompt: expected finite embeddings"),
+        ({"prompt": EmbeddedPrompts(TWO, embedding(1)[None])}, r"prompt: expected floating embeddings \[2 prompts"),
+        ({"prompt": EmbeddedPrompts("a", embedding(1)[None])}, "prompt.schedule: expected a PromptSchedule, got str"),
         ({"prompt": embedding(1), "negative": embedding(2)}, "negative: expected none without guidance"),
         ({"prompt": embedding(1), "lane": 1}, "lane: expected an int in 0 to 0"),
         ({"prompt": embedding(1), "frames": -1}, "frames: expected an int of at least 0"),

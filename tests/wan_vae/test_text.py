@@ -174,6 +174,7 @@ def metadata(prompts: Any) -> dict[str, str]:
         ({"prompt.0": torch.zeros(5, 16)}, metadata([[1, "a"]]), "expected prompts with their seconds"),
         ({"prompt.0": torch.zeros(5, 16)}, {"prompts": "{"}, "expected prompts with their seconds, got '{'"),
         ({"prompt.0": torch.zeros(5, 16)}, metadata([["0", "a"]]), "expected prompts with their seconds"),
+        ({"prompt.0": torch.zeros(5, 16)}, {"prompts": 100_000 * "["}, "expected prompts with their seconds"),
     ],
 )
 def test_embeds_that_do_not_fit_are_refused(

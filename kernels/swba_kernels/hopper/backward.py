@@ -24,7 +24,7 @@ from .backward_fused_narrow import fused_narrow_kernel
 from .backward_order import sum_layout
 from .backward_ranges import first_tile
 from .backward_shared import ROW_COPIES, row_box_layout
-from .launch import _Base, descriptor
+from .launch import _Base, descriptor, multiprocessors
 from .supports import tma_strides
 
 COPIES = ROW_COPIES.value
@@ -50,17 +50,21 @@ class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
     Pipeline stages of the queries and (at head dim 64) of dS on its way to the warpgroup that makes dQ of it, registers
-    of a consumer's thread and of one of that warpgroup, kv heads that run side by side, whether programs add in turn
-    (by key, so that the sums have the same bits every time) and walk down from the end of the sequence.
+    of a consumer's thread, how many kv heads run side by side at most, for how many queries a program takes its turn to
+    add (by key, so that the sums have the same bits every time; 0: it adds at once), and whether it walks down from the
+    end of the sequence.
     """
 
     stages: int
     slope_stages: int
     registers: int
-    sum_registers: int
     together: int
-    in_turn: bool = False
+    turn_rows: int = 0
     down: bool = False
+
+    def side_by_side(self, heads: int) -> int:
+        """Return how many of all `heads` run side by side: groups of equal size, or nearly so."""
+        return triton.cdiv(heads, triton.cdiv(heads, self.together))
 
 
 # Chosen on an H200 under triton 3.6.0; by head dim.
@@ -69,18 +73,21 @@ SPLIT = {
     128: Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
 }
 FAST = {
-    64: Fused(stages=4, slope_stages=3, registers=208, sum_registers=72, together=4),
-    128: Fused(stages=2, slope_stages=2, registers=240, sum_registers=24, together=3),
+    64: Fused(stages=4, slope_stages=3, registers=208, together=16),
+    128: Fused(stages=2, slope_stages=2, registers=240, together=4),
 }
 IN_TURN = {
-    64: FAST[64]._replace(together=8, in_turn=True, down=True),
-    128: FAST[128]._replace(together=4, in_turn=True, down=True),
+    64: FAST[64]._replace(turn_rows=256, down=True),
+    128: FAST[128]._replace(turn_rows=64, down=True),
 }
+_FEWEST_WAVES = 2  # of programs, for turns: those of the first wave wait for each other one after the other
 
 
-def choose_config(head_dim: int, deterministic: bool) -> Split | Fused:
-    """Return the configuration."""
-    return (IN_TURN if deterministic else FAST)[head_dim]
+def choose_config(head_dim: int, deterministic: bool, waves: float) -> Split | Fused:
+    """Return the configuration for `waves` times as many programs of the fused kernel as a GPU runs at once."""
+    if not deterministic:
+        return FAST[head_dim]
+    return IN_TURN[head_dim] if waves >= _FEWEST_WAVES else SPLIT[head_dim]
 
 
 @triton.jit(
@@ -164,7 +171,7 @@ def copyable(x: Tensor) -> Tensor:
 def start_turns_kernel(
     p_counters, count, n, block_size, window, sink, grid_start, tiles, sink_part, ROWS: gl.constexpr, KEYS: gl.constexpr
 ):
-    """Set the ticket to 0, and the counter of each tile of queries to ~(the first tile of keys that adds to it)."""
+    """Set the ticket to 0, and the counter of each ROWS queries to ~(the first tile of keys that adds to some)."""
     i = gl.program_id(0) * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     pattern = (n, block_size, window, 0, grid_start)
     row = gl.minimum(i % tiles * ROWS, n - 1)
@@ -272,18 +279,20 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
     batch, heads, n, head_dim = q.shape
     sink, rows, keys = pattern[3], 64, 128
     # Turns go by key in the order in which tiles are met, which sinks would break: they take turns of their own.
-    apart = q_sink is not None or (config.in_turn and sink > 0)
+    apart = q_sink is not None or (config.turn_rows > 0 and sink > 0)
     tiles, work = triton.cdiv(n, rows), call.key_tiles(keys, apart) * batch * k.shape[1]
     size = ((1 + apart) * batch, heads, tiles * head_dim, 64)
-    if config.in_turn:  # the first to add to a tile writes it instead
+    if config.turn_rows:  # the first to add to a tile writes it instead
         sums = torch.empty(size, dtype=torch.float32, device=q.device)
         if apart:  # nobody adds to queries that see only sinks
             reader = _first_reader_of_others(pattern)
             sums[:batch, :, : (tiles if reader == n else reader // rows) * head_dim].zero_()
-        counters = torch.empty(4 + (1 + apart) * batch * heads * tiles, dtype=torch.int32, device=q.device)
+        turns = triton.cdiv(n, config.turn_rows)
+        counters = torch.empty(4 + (1 + apart) * batch * heads * turns, dtype=torch.int32, device=q.device)
         start_turns_kernel[(triton.cdiv(counters.numel(), 128),)](
-            counters, counters.numel() - 4, *pattern, tiles, batch * heads * tiles, ROWS=rows, KEYS=keys, num_warps=4
-        )
+            counters, counters.numel() - 4, *pattern, turns, batch * heads * turns,
+            ROWS=config.turn_rows, KEYS=keys, num_warps=4,
+        )  # fmt: skip
     else:
         sums = torch.zeros(size, dtype=torch.float32, device=q.device)
         counters = torch.empty(4, dtype=torch.int32, device=q.device)
@@ -292,16 +301,16 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         descriptor(k, keys), descriptor(v, 64),
         row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, head_dim),
         *grads.key_descriptors(sink, apart), counters[4:], counters,
-        scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1], config.together,
+        scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
+        config.side_by_side(batch * k.shape[1]),
     )  # fmt: skip
     constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "REGISTERS": config.registers}
-    constants |= {"IN_TURN": config.in_turn, "DOWN": config.down, "Q_SINK": apart, "num_warps": 4}
+    constants |= {"TURN_ROWS": config.turn_rows, "DOWN": config.down, "Q_SINK": apart, "num_warps": 4}
     if head_dim == 128:
         fused_kernel[(work,)](*arguments, **constants)
     else:
-        fused_narrow_kernel[(work,)](
-            *arguments, SLOPE_STAGES=config.slope_stages, SUM_STAGES=2, SUM_REGISTERS=config.sum_registers, **constants
-        )
+        rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
+        fused_narrow_kernel[(work,)](*arguments, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants)
     parts = sums.chunk(1 + apart)
     casts = [(parts[0], None, grads.q)]
     if q_sink is not None:
@@ -355,7 +364,8 @@ def backward(
     n = q.shape[2]
     pattern = (n, min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
     call = _Call(q, q_sink, k, v, dout, lse2, delta, scale, pattern)
-    config = config or choose_config(q.shape[3], deterministic)
+    programs = triton.cdiv(n, 128) * q.shape[0] * k.shape[1]
+    config = config or choose_config(q.shape[3], deterministic, programs / multiprocessors(q.device))
     if isinstance(config, Split):
         _split(call, config, grads)
     else:

@@ -41,10 +41,10 @@ from .pipeline import counting
 @gluon.jit
 def _hand_over(dq, dq_smem, dq_full, dq_empty, phase, WARPGROUP: gl.constexpr):
     """Write 64 columns of dQ to where the adding warp reads them."""
-    mbarrier.wait(dq_empty.index(0), phase)
-    dq_smem.index(0).slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
+    mbarrier.wait(dq_empty, phase)
+    dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(0), count=1)
+    mbarrier.arrive(dq_full, count=1)
 
 
 @gluon.jit
@@ -148,13 +148,14 @@ def fused_kernel(
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns, p_ticket,
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all, together,
     BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    IN_TURN: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+    TURN_ROWS: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
 
     In turn, a program waits for those that own earlier keys. So work is handed out by a counter, in that order: whoever
     is waited for has started, whatever the order in which the GPU starts programs.
     """
+    gl.static_assert((TURN_ROWS == 0) | (TURN_ROWS == BLOCK_M), "each tile of queries has turns of its own")
     gl.static_assert(STAGES == 2, "stages are told by the parity of a tile's number")
     BLOCK_N: gl.constexpr = 128
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -164,7 +165,7 @@ def fused_kernel(
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     ds_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, BLOCK_M], TILE)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M * D // 64, 64], sum_box(2))
+    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M * D // 64, 64], sum_box(2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
@@ -173,17 +174,17 @@ def fused_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    dq_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     mbarrier.init(keys_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(ds_full.index(i), count=2)
-    mbarrier.init(dq_full.index(0), count=2)
-    mbarrier.init(dq_empty.index(0), count=1)
+    mbarrier.init(dq_full, count=2)
+    mbarrier.init(dq_empty, count=1)
     fence_async_shared()
-    if IN_TURN:
+    if TURN_ROWS:
         i_work = gl.atomic_add(p_ticket, 1)
     else:
         i_work = gl.program_id(0)
@@ -200,5 +201,5 @@ def fused_kernel(
         (_consume, (outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape, DOWN, Q_SINK, 1)),
         (load, (inputs, loaded, arrivals, i_work, pattern, shape, DOWN, Q_SINK)),
         (add, (sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
-               BLOCK_M, BLOCK_N, True, IN_TURN, DOWN, Q_SINK)),
+               BLOCK_M, BLOCK_N, TURN_ROWS, DOWN, Q_SINK)),
     ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip

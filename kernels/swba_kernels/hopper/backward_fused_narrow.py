@@ -22,9 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_loader import load
-from .backward_order import add, by_thread, sum_box
-from .backward_ranges import hide_others, next_row, queries_of, walk_grid, work_of
-from .backward_shared import LN2, hide, keep_seen, row_box, row_terms, seen_buffer, store_tile, store_tile_apart
+from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
+from .backward_ranges import first_tile, hide_others, next_row, queries_of, walk_grid, work_of
+from .backward_shared import LN2, row_box, store_tile, store_tile_apart, weigh
+from .compat import cta_barrier, tma_store, view
 from .pipeline import counting, next_stage
 
 
@@ -41,7 +42,7 @@ def _consume(
     """
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
-    count_smem, seen_smem, ds_smem = own
+    count_smem, ds_smem = own
     keys_full, full, empty = arrivals
     ds_full, ds_empty = barriers
     heads, group, kv_in_all, together = shape
@@ -52,7 +53,6 @@ def _consume(
     D: gl.constexpr = k_smem.shape[1]
     SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
@@ -61,8 +61,7 @@ def _consume(
     seen_from, seen_to = queries_of(keys, part)
     if Q_SINK:
         seen_to, all_start = hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, BLOCK_N)
-    from_smem, to_smem = keep_seen(seen_from, seen_to, seen_smem, WARPGROUP)
-    edges = (from_smem, to_smem, all_start, all_stop)
+    edges = (seen_from, seen_to, all_start, all_stop, 0)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     v = v_smem.index(WARPGROUP)
     dk = gl.zeros([64, D], gl.float32, SUMS)
@@ -71,51 +70,41 @@ def _consume(
     count = group * tiles
     stage = 0
     phase = 0
-    slope_stage = 0
-    slope_phase = 1
     row = from_row
     mbarrier.wait(keys_full, 0)
     mbarrier.wait(full.index(0), 0)
     s_t = warpgroup_mma(k, q_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
     dp_t = warpgroup_mma(v, grad_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    lse2 = row_terms(lse_smem.index(0), BLOCK_M, COLUMNS)
-    s_t = warpgroup_mma_wait(1, deps=(s_t,))
-    p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, edges)
-    p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-    dv = warpgroup_mma(p_operand, grad_smem.index(0), dv, is_async=True)
-    dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
-    delta = row_terms(delta_smem.index(0), BLOCK_M, COLUMNS)
-    ds_t = (p_t * hide(dp_t - delta[None, :], row, count_smem, edges)).to(DTYPE)
+    terms = (lse_smem.index(0), delta_smem.index(0), count_smem)
+    p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 1, False)
+    p_operand = gl.convert_layout(p_t, OPERAND, assert_trivial=True)
+    ds_operand = gl.convert_layout(ds_t, OPERAND, assert_trivial=True)
     ds_smem.index(0).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
     fence_async_shared()
     mbarrier.arrive(ds_full.index(0), count=1)
-    dv = warpgroup_mma_wait(0, deps=(dv,))
-    ds_operand = gl.convert_layout(ds_t, OPERAND, assert_trivial=True)
+    slope_stage = 1
+    slope_phase = 1
     for _ in range(count - 1):
         row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
         before = stage
         stage, phase = next_stage(stage, phase, STAGES)
-        slope_stage, slope_phase = next_stage(slope_stage, slope_phase, SLOPE_STAGES)
-        grad = grad_smem.index(stage)
         mbarrier.wait(full.index(stage), phase)
         s_t = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
+        dp_t = warpgroup_mma(v, grad_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        dv = warpgroup_mma(p_operand, grad_smem.index(before), dv, is_async=True)
         dk = warpgroup_mma(ds_operand, q_smem.index(before), dk, is_async=True)
-        lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
-        s_t = warpgroup_mma_wait(2, deps=(s_t,))
-        p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, edges)
-        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-        dv = warpgroup_mma(p_operand, grad, dv, is_async=True)
-        dp_t, dk = warpgroup_mma_wait(1, deps=(dp_t, dk))
+        terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
+        p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, DTYPE, 3, False)
+        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(before), count=1)
-        delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
-        ds_t = (p_t * hide(dp_t - delta[None, :], row, count_smem, edges)).to(DTYPE)
+        p_operand = gl.convert_layout(p_t, OPERAND, assert_trivial=True)
+        ds_operand = gl.convert_layout(ds_t, OPERAND, assert_trivial=True)
         mbarrier.wait(ds_empty.index(slope_stage), slope_phase)
         ds_smem.index(slope_stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
         fence_async_shared()
         mbarrier.arrive(ds_full.index(slope_stage), count=1)
-        dv = warpgroup_mma_wait(0, deps=(dv,))
-        ds_operand = gl.convert_layout(ds_t, OPERAND, assert_trivial=True)
+        slope_stage, slope_phase = next_stage(slope_stage, slope_phase, SLOPE_STAGES)
+    dv = warpgroup_mma(p_operand, grad_smem.index(stage), dv, is_async=True)
     dk = warpgroup_mma(ds_operand, q_smem.index(stage), dk, is_async=True)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     first += WARPGROUP * 64
@@ -131,50 +120,82 @@ def _consume(
 
 
 @gluon.jit
-def _fold(k_smem, ds_smem, dq_smem, keys_full, ds_full, ds_empty, dq_full, dq_empty, i_work, pattern, shape,
-    DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+def _fold_and_add(
+    sum_desc, k_smem, ds_smem, dq_smem, keys_full, barriers, p_turns, i_work, pattern, shape,
+    TURN_ROWS: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
-    """Compute dQ = dS K of tile after tile and write it to where the adding warp reads it."""
+    """Compute dQ = dS K of tile after tile and add it to the sums in global memory.
+
+    In turn, a counter serves TURN_ROWS queries, and the first tile of keys that meets a tile of them writes instead of
+    adding. A turn is passed on one tile late, when what was added has arrived.
+    """
+    ds_full, ds_empty = barriers
     heads, group, kv_in_all, together = shape
+    n, _, _, sink, _ = pattern
     SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
-    SUM_STAGES: gl.constexpr = dq_smem.shape[0]
     BLOCK_N: gl.constexpr = ds_smem.shape[1]
     BLOCK_M: gl.constexpr = ds_smem.shape[2]
     D: gl.constexpr = k_smem.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
-    tiles, _, _, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
+    tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
     none = gl.zeros([BLOCK_M, D], gl.float32, SUMS)
+    way_out = view(dq_smem, [1, 1, BLOCK_M, 64], sum_box(4))
+    i_head = i_h * group
+    row = from_row
     stage = 0
     phase = 0
-    sum_stage = 0
-    sum_phase = 1
+    if TURN_ROWS:
+        origin = 0
+        if Q_SINK:
+            origin = gl.where(in_sinks, 0, sink)
+        tile = (first - origin) // BLOCK_N
+        p_turn = p_turns  # of the turn that this program has: none yet
+        ended = False
     mbarrier.wait(keys_full, 0)
     for _ in range(group * tiles):
         mbarrier.wait(ds_full.index(stage), phase)
         dq = warpgroup_mma(ds_smem.index(stage).permute((1, 0)), k_smem, none, use_acc=False, is_async=True)
-        mbarrier.wait(dq_empty.index(sum_stage), sum_phase)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(ds_empty.index(stage), count=1)
-        dq_smem.index(sum_stage).store(by_thread(dq))
-        fence_async_shared()
-        mbarrier.arrive(dq_full.index(sum_stage), count=1)
         stage, phase = next_stage(stage, phase, SLOPE_STAGES)
-        sum_stage, sum_phase = next_stage(sum_stage, sum_phase, SUM_STAGES)
+        tma.store_wait(0)
+        cta_barrier()
+        dq_smem.store(by_thread(dq))
+        fence_async_shared()
+        cta_barrier()
+        at = [i_sums, i_head, row, 0]
+        if TURN_ROWS:
+            if ended:
+                pass_turn(p_turn, tile + 1, 0)
+            if (row == from_row) | ((row + BLOCK_M) % TURN_ROWS == 0):
+                counters = (n + TURN_ROWS - 1) // TURN_ROWS
+                p_turn = p_turns + (i_sums * heads + i_head) * counters + row // TURN_ROWS
+                await_turn(p_turn, tile)
+            if first_tile(row, origin, part, BLOCK_N) == tile:
+                tma_store(sum_desc, at, way_out)
+            else:
+                tma_add(sum_desc, at, way_out)
+            ended = (row == to_row) | (row % TURN_ROWS == 0)
+        else:
+            tma_add(sum_desc, at, way_out)
+        i_head += (row == to_row).to(gl.int32)
+        row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
+    if TURN_ROWS:
+        pass_turn(p_turn, tile + 1, 0)
+    tma.store_wait(0)
 
 
 @gluon.jit(
-    do_not_specialize=[
-        "n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all", "together",
-    ]
-)  # fmt: skip
+    do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all", "together"]
+)
 def fused_narrow_kernel(
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc,
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns, p_ticket,
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all, together,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOPE_STAGES: gl.constexpr, SUM_STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOPE_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    IN_TURN: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+    TURN_ROWS: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
 
@@ -189,18 +210,15 @@ def fused_narrow_kernel(
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     ds_smem = gl.allocate_shared_memory(k_desc.dtype, [SLOPE_STAGES, BLOCK_N, BLOCK_M], TILE)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [SUM_STAGES, BLOCK_M, D], sum_box(2))
+    dq_smem = gl.allocate_shared_memory(gl.float32, [64, 64], sum_box(2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
-    seen_smem = seen_buffer(2)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [SLOPE_STAGES, 1], BARRIER)
     ds_empty = gl.allocate_shared_memory(gl.int64, [SLOPE_STAGES, 1], BARRIER)
-    dq_full = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], BARRIER)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], BARRIER)
     mbarrier.init(keys_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -208,28 +226,23 @@ def fused_narrow_kernel(
     for i in gl.static_range(SLOPE_STAGES):
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=1)
-    for i in gl.static_range(SUM_STAGES):
-        mbarrier.init(dq_full.index(i), count=1)
-        mbarrier.init(dq_empty.index(i), count=1)
     fence_async_shared()
-    if IN_TURN:
+    if TURN_ROWS:
         i_work = gl.atomic_add(p_ticket, 1)
     else:
         i_work = gl.program_id(0)
     inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
     loaded = (k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem)
     outputs = (dk_desc, dv_desc, dk_sink_desc, dv_sink_desc)
-    own = (count_smem, seen_smem, ds_smem)
+    own = (count_smem, ds_smem)
     arrivals = (keys_full, full, empty)
     barriers = (ds_full, ds_empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all, together)
     gl.warp_specialize([
+        (load, (inputs, loaded, arrivals, i_work, pattern, shape, DOWN, Q_SINK)),
         (_consume, (outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape, DOWN, Q_SINK, 0)),
         (_consume, (outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape, DOWN, Q_SINK, 1)),
-        (_fold, (k_smem, ds_smem, dq_smem, keys_full, ds_full, ds_empty, dq_full, dq_empty, i_work, pattern, shape,
-                 DOWN, Q_SINK)),
-        (load, (inputs, loaded, arrivals, i_work, pattern, shape, DOWN, Q_SINK)),
-        (add, (sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
-               BLOCK_M, BLOCK_N, False, IN_TURN, DOWN, Q_SINK)),
-    ], [4, 4, 1, 1], [REGISTERS, SUM_REGISTERS, 24, 24])  # fmt: skip
+        (_fold_and_add, (sum_desc, k_smem, ds_smem, dq_smem, keys_full, barriers, p_turns, i_work, pattern, shape,
+                         TURN_ROWS, DOWN, Q_SINK)),
+    ], [4, 4, 4], [REGISTERS, REGISTERS, SUM_REGISTERS])  # fmt: skip

@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .backward_ranges import next_row, walk_grid, work_of
 from .compat import cta_barrier, tma_store, view
-from .pipeline import next_stage
 
 
 @builtin
@@ -81,28 +80,21 @@ def pass_turn(p_turn, tile, NEWER: gl.constexpr):
 @gluon.jit
 def add(
     sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LATE: gl.constexpr,
-    IN_TURN: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IN_TURN: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
-    """Add the tiles of dQ of a piece of work as they come; if they come LATE, the first one is none.
+    """Add the tiles of dQ of a piece of work as they come; they come a tile late, and the first one is none.
 
     In turn, the first tile of keys writes instead of adding. A turn is passed on one tile late, when what was added has
-    arrived: so reading and setting counters runs beside the copies.
+    arrived: so setting counters runs beside the copies.
     """
     heads, group, kv_in_all, together = shape
     n, _, _, sink, _ = pattern
-    STAGES: gl.constexpr = dq_smem.shape[0]
-    SUM_ROWS: gl.constexpr = dq_smem.shape[1]
+    SUM_ROWS: gl.constexpr = dq_smem.shape[0]
     in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
     tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
+    way_out = view(dq_smem, [1, 1, SUM_ROWS, 64], sum_box(4))
     i_head = i_h * group
     row = from_row
-    stage = 0
-    phase = 0
-    if LATE:
-        mbarrier.wait(dq_full.index(stage), phase)
-        mbarrier.arrive(dq_empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
     if IN_TURN:
         origin = 0
         if Q_SINK:
@@ -110,13 +102,15 @@ def add(
         tile = (first - origin) // BLOCK_N
         counters = (n + BLOCK_M - 1) // BLOCK_M
         p_turn = p_turns + (i_sums * heads + i_head) * counters + row // BLOCK_M
-        p_before = p_turn
+        p_before = p_turns  # any other value: a name that starts as an alias would not be carried through the loop
+    mbarrier.wait(dq_full, 0)
+    mbarrier.arrive(dq_empty, count=1)
+    phase = 1
     for i in range(group * tiles):
-        way_out = view(dq_smem.index(stage), [1, 1, SUM_ROWS, 64], sum_box(4))
         at = [i_sums, i_head, row // BLOCK_M * SUM_ROWS, 0]
         if IN_TURN:
             now = await_turn(p_turn, tile)
-            mbarrier.wait(dq_full.index(stage), phase)
+            mbarrier.wait(dq_full, phase)
             if now < 0:
                 tma_store(sum_desc, at, way_out)
             else:
@@ -126,11 +120,11 @@ def add(
             p_before = p_turn
             p_turn += gl.where(row == to_row, counters + (from_row - to_row) // BLOCK_M, -1)
         else:
-            mbarrier.wait(dq_full.index(stage), phase)
+            mbarrier.wait(dq_full, phase)
             tma_add(sum_desc, at, way_out)
         tma.store_wait(0)
-        mbarrier.arrive(dq_empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
+        mbarrier.arrive(dq_empty, count=1)
+        phase ^= 1
         i_head += (row == to_row).to(gl.int32)
         row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
     if IN_TURN:
