@@ -27,13 +27,17 @@ Encoder = TextEncoder | str | os.PathLike[str]
 
 
 def embed_prompt(prompt: Prompt, encoder: Encoder | None, device: torch.device) -> EmbeddedPrompts:
-    """Return prompts over time with their embeddings [P, N, C]; an encoder loaded from a folder is dropped again."""
+    """Return prompts over time with their embeddings [P, N, C]; an encoder loaded from a folder is dropped again.
+
+    Raises:
+        ConfigError: a prompt of another type or shape, embeddings that are not finite, or text without an encoder.
+    """
     if isinstance(prompt, EmbeddedPrompts):
-        return prompt
+        return _check_embedded(prompt)
     if isinstance(prompt, Tensor):
         if prompt.ndim != 2:
             raise ConfigError(f"prompt: expected an embedding [tokens, channels], got {list(prompt.shape)}")
-        return EmbeddedPrompts(PromptSchedule.single("an embedding"), prompt[None])
+        return _check_embedded(EmbeddedPrompts(PromptSchedule.single("an embedding"), prompt[None]))
     if isinstance(prompt, str):
         texts: Sequence[str] = [prompt]
         schedule = PromptSchedule.single(prompt.strip() or "no text")
@@ -47,6 +51,19 @@ def embed_prompt(prompt: Prompt, encoder: Encoder | None, device: torch.device) 
         return EmbeddedPrompts(schedule, encoder.encode_all(texts))
     with TextEncoder.from_pretrained(encoder, device) as opened:
         return EmbeddedPrompts(schedule, opened.encode_all(texts))
+
+
+def _check_embedded(prompts: EmbeddedPrompts) -> EmbeddedPrompts:
+    schedule = check_type("prompt.schedule", prompts.schedule, PromptSchedule)
+    embeds = check_type("prompt.embeds", prompts.embeds, Tensor)
+    if embeds.ndim != 3 or len(embeds) != len(schedule) or not embeds.is_floating_point():
+        raise ConfigError(
+            f"prompt: expected floating embeddings [{len(schedule)} prompts, tokens, channels], "
+            f"got {embeds.dtype} {list(embeds.shape)}"
+        )
+    if not bool(torch.isfinite(embeds).all()):
+        raise ConfigError("prompt: expected finite embeddings, got NaN or infinity")
+    return prompts
 
 
 def check_context(context: Any, height: int, width: int) -> Tensor:
