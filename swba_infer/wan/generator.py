@@ -126,7 +126,7 @@ class WanGenerator:
             frames_per_block, window_frames, sink_frames: in latent frames, as the checkpoint was trained.
             sink_distance: "bounded" keeps the sinks right before the window; see `StreamConfig`.
             compile: run transformer and decoder through torch.compile; the first blocks then take minutes.
-            options: see `WanGenerator`.
+            options: see `WanGenerator`; with `check_finite` the transformer's weights are looked through, too.
 
         Raises:
             ConfigError: a folder or a part of it is missing, or the sizes do not fit.
@@ -137,7 +137,8 @@ class WanGenerator:
         if dtype is None:
             dtype = torch.bfloat16 if vae.device.type == "cuda" else torch.float32
         latent_size = None if size is None else latent_sides(size, vae.scale)
-        transformer = load_wan(model, device=vae.device, dtype=dtype, latent_size=latent_size)
+        check = bool(options.get("check_finite"))
+        transformer = load_wan(model, device=vae.device, dtype=dtype, latent_size=latent_size, check_finite=check)
         if compile:
             compile_layers(transformer)
         stream = StreamConfig(
