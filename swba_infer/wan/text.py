@@ -192,7 +192,7 @@ def _read_schedule(path: str | os.PathLike[str], written: str | None) -> PromptS
     try:
         starts, texts = zip(*json.loads(written or "[]"), strict=True)
         return PromptSchedule(starts, texts)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected prompts with their seconds, got {str(written)[:60]!r}") from error
 
 
