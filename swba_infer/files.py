@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ConfigError
@@ -14,10 +15,11 @@ from .errors import ConfigError
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """Create the parent directory of an output path and prove that it can be written; raise ConfigError if not."""
     path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"output: expected a file name, got the directory {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):  # raises for a name that is too long, as is_dir() does not everywhere
+                raise ConfigError(f"output: expected a file name, got the directory {path}")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:

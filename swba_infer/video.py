@@ -73,7 +73,7 @@ class VideoWriter:
     was finished by then plays.
 
     Args:
-        path: of the video (mp4, mkv, mov); checked for writability at once.
+        path: of the video (mp4, mkv, mov); checked for writability at once, as is that of the partial file.
         fps: frames per second, 0.001 to 1000.
         scale: integer enlargement, every pixel becomes scale x scale.
         crf: quality, 0 (lossless) to 51.
@@ -99,7 +99,9 @@ class VideoWriter:
         if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
             raise ConfigError(f"scale: expected an int of at least 1, got {scale!r}")
         self.frames = 0
-        self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}") if keep_partial else None
+        self.partial = None
+        if keep_partial:
+            self.partial = check_writable(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
         self._av = require("av")
         self._rate = Fraction(fps).limit_denominator(1000)
         self._scale, self._crf = scale, crf

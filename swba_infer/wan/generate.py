@@ -110,7 +110,7 @@ def run_prompt(args: argparse.Namespace) -> int:
             for _ in track(_written(clock.time(blocks), video, pool), frames, "streaming", note=clock.note):
                 pass
     except BaseException:
-        if video.frames:
+        if video.frames and video.partial is not None and video.partial.is_file():
             print(f"kept {video.frames} frames in {video.partial}", file=sys.stderr)
         raise
     first = clock.milliseconds[0]

@@ -210,6 +210,22 @@ def test_a_partial_file_plays_while_it_grows_and_takes_its_name_when_complete(tm
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder.mp4", "expected a file name, got the directory .*folder.mp4"),
+        ("a.mp4", "expected a file name, got the directory .*a.partial.mp4"),
+        ("new/" + 250 * "x" + ".mp4", "expected a writable path.*File name too long"),
+        ("new/" + 300 * "x" + ".mp4", "expected a writable path.*File name too long"),
+    ],
+)
+def test_a_path_or_partial_path_that_cannot_be_a_file_is_refused_at_once(tmp_path, name, message):
+    for folder in ("folder.mp4", "a.partial.mp4"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(ConfigError, match=message):
+        VideoWriter(tmp_path / name, keep_partial=True)
+
+
 @pytest.mark.parametrize("written", [0, 1, 7])
 def test_a_failed_run_keeps_a_partial_file_if_it_has_frames(tmp_path, written):
     path = tmp_path / "a.mp4"
