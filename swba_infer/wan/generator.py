@@ -241,7 +241,7 @@ class WanGenerator:
         old = lanes.engine.stream
         stream = replace(old, **{name: value for name, value in given.items() if value is not None})
         if stream != old:
-            lanes.rebuild(stream, **self._options)
+            lanes.rebuild(stream, sampler, **self._options)
         lanes.sampler = sampler
 
     def reset(self, lane: int | None = None) -> None:

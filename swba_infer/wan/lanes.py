@@ -113,21 +113,27 @@ class WanLanes:
                 state = self.states[lane]
                 self.states[lane] = Lane(state.history.extend(part), state.record)
 
-    def rebuild(self, stream: StreamConfig, **options: Any) -> None:
+    def rebuild(self, stream: StreamConfig, sampler: RenoisingSampler, **options: Any) -> None:
         """Build an engine for another stream, fill its rings from the kept latents, and take it for the old one.
 
         Args:
+            sampler: says how noisy the model reads them, and takes the old one's place, too.
             options: of `StreamingEngine`.
 
         Raises:
             ConfigError: a stream that cannot work, or needs latents that were not kept.
         """
-        old = self.engine
+        old, before = self.engine, self.sampler
         engine = StreamingEngine(old.model, stream, lanes=old.lanes, **options)
         for name, value in old.state.items():
             engine.set_state(name, value)
-        for lane in range(len(self.states)):
-            self._encode(engine, lane, self.rows(lane), keep_sinks=False)
+        self.sampler = sampler
+        try:
+            for lane in range(len(self.states)):
+                self._encode(engine, lane, self.rows(lane), keep_sinks=False)
+        except BaseException:
+            self.sampler = before
+            raise
         self.engine = engine
 
     def reset(self, lane: int) -> None:

@@ -116,6 +116,15 @@ def test_step_counts_change_between_blocks_without_touching_the_rings():
     assert len(collect(generator, 1)) == 8
 
 
+def test_windows_and_noise_changed_at_once_give_what_the_noise_first_and_then_the_windows_give():
+    noisy = replace(SAMPLER, context_noise=200)
+    at_once, in_turn = started(6), started(6)
+    at_once.reconfigure(window_frames=3, sampler=noisy)
+    in_turn.reconfigure(sampler=noisy)
+    in_turn.reconfigure(window_frames=3)
+    assert_same(state_of(at_once), state_of(in_turn))
+
+
 def test_a_failed_change_of_windows_leaves_the_stream_as_it_was():
     generator = started(8)
     before, engine = state_of(generator), generator.engine
