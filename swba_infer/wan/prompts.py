@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 _LINE = re.compile(r"([0-9]+(?:\.[0-9]+)?)s\s*:\s*(.*)")
+_SECOND = re.compile(r",\s*[0-9.]+s\s*:")
 _FORM = "'SECONDSs: PROMPT', such as '5s: a cat runs'"
 
 
@@ -78,8 +79,8 @@ def parse_prompts(text: str, source: str = "prompts") -> PromptSchedule:
     """Read a schedule; empty lines and lines that begin with '#' are skipped.
 
     Raises:
-        ConfigError: a line that is not of this form, an empty prompt, a time that does not rise, or a first prompt that
-            does not begin at 0s; names the line.
+        ConfigError: a line that is not of this form or has a second prompt behind a comma, an empty prompt, a time that
+            does not rise, or a first prompt that does not begin at 0s; names the line.
     """
     starts: list[float] = []
     texts: list[str] = []
@@ -91,6 +92,8 @@ def parse_prompts(text: str, source: str = "prompts") -> PromptSchedule:
         if not match:
             raise ConfigError(f"{source}, line {number}: expected {_FORM}, got {_short(line)!r}")
         start, prompt = float(match[1]), match[2]
+        if _SECOND.search(prompt):
+            raise ConfigError(f"{source}, line {number}: expected one prompt a line, got {_short(line)!r}")
         problem = _problem(starts, start, prompt)
         if problem:
             raise ConfigError(f"{source}, line {number}: {problem}")

@@ -32,6 +32,7 @@ def test_a_prompt_holds_from_its_time_until_the_next() -> None:
         ("1s: a cat", "line 1: expected the first prompt to begin at 0s, got 1s"),
         ("0s: a\n\n5s: b\n5s: c", "line 4: expected a time after 5s, got 5s"),
         ("0s: a\n5s: b\n4s: c", "line 3: expected a time after 5s, got 4s"),
+        ("0s: a\n2s: b, 5.5s: c", "line 2: expected one prompt a line, got '2s: b, 5.5s: c'"),
         ("0s: a\n5s:  ", "line 2: expected a prompt after '5s:'"),
         ("0s: a\n" + "9" * 400 + "s: b", "line 2: expected a finite number"),
     ],
