@@ -240,8 +240,8 @@ def test_real_tiles_meet_every_visible_pair_once(pattern, n) -> None:
 
 def test_turns_are_for_calls_with_more_programs_than_start_at_once() -> None:
     for head_dim in (64, 128):
-        assert backward.choose_config(head_dim, True, 2.0) is backward.IN_TURN[head_dim]
-        assert backward.choose_config(head_dim, True, 1.9) is backward.SPLIT[head_dim]
+        assert backward.choose_config(head_dim, True, 3.0) is backward.IN_TURN[head_dim]
+        assert backward.choose_config(head_dim, True, 2.9) is backward.SPLIT[head_dim]
         assert all(backward.choose_config(head_dim, False, waves) is backward.FAST[head_dim] for waves in (0.1, 9.0))
 
 

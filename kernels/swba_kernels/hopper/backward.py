@@ -50,9 +50,8 @@ class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
     Pipeline stages of the queries and (at head dim 64) of dS on its way to the warpgroup that makes dQ of it, registers
-    of a consumer's thread, how many kv heads run side by side at most, for how many queries a program takes its turn to
-    add (by key, so that the sums have the same bits every time; 0: it adds at once), and whether it walks down from the
-    end of the sequence.
+    of a consumer's thread, how many kv heads run side by side at most, and for how many queries a program takes its
+    turn to add (by key, so that the sums have the same bits every time; 0: it adds at once).
     """
 
     stages: int
@@ -60,7 +59,6 @@ class Fused(NamedTuple):
     registers: int
     together: int
     turn_rows: int = 0
-    down: bool = False
 
     def side_by_side(self, heads: int) -> int:
         """Return how many of all `heads` run side by side: groups of equal size, or nearly so."""
@@ -77,10 +75,10 @@ FAST = {
     128: Fused(stages=2, slope_stages=2, registers=240, together=4),
 }
 IN_TURN = {
-    64: FAST[64]._replace(turn_rows=256, down=True),
-    128: FAST[128]._replace(turn_rows=64, down=True),
+    64: FAST[64]._replace(turn_rows=256),
+    128: FAST[128]._replace(turn_rows=64),
 }
-_FEWEST_WAVES = 2  # of programs, for turns: those of the first wave wait for each other one after the other
+_FEWEST_WAVES = 3  # of programs that add in turn: those of the first wave start one after the other
 
 
 def choose_config(head_dim: int, deterministic: bool, waves: float) -> Split | Fused:
@@ -305,7 +303,7 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         config.side_by_side(batch * k.shape[1]),
     )  # fmt: skip
     constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "REGISTERS": config.registers}
-    constants |= {"TURN_ROWS": config.turn_rows, "DOWN": config.down, "Q_SINK": apart, "num_warps": 4}
+    constants |= {"TURN_ROWS": config.turn_rows, "Q_SINK": apart, "num_warps": 4}
     if head_dim == 128:
         fused_kernel[(work,)](*arguments, **constants)
     else:

@@ -148,7 +148,7 @@ def fused_kernel(
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns, p_ticket,
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all, together,
     BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    TURN_ROWS: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+    TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
 
@@ -158,6 +158,7 @@ def fused_kernel(
     gl.static_assert((TURN_ROWS == 0) | (TURN_ROWS == BLOCK_M), "each tile of queries has turns of its own")
     gl.static_assert(STAGES == 2, "stages are told by the parity of a tile's number")
     BLOCK_N: gl.constexpr = 128
+    DOWN: gl.constexpr = TURN_ROWS > 0
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_N, D], TILE)

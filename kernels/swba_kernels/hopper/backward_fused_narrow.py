@@ -195,7 +195,7 @@ def fused_narrow_kernel(
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all, together,
     BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOPE_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, SUM_REGISTERS: gl.constexpr,
-    TURN_ROWS: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+    TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
 
@@ -203,6 +203,7 @@ def fused_narrow_kernel(
     is waited for has started, whatever the order in which the GPU starts programs.
     """
     BLOCK_N: gl.constexpr = 128
+    DOWN: gl.constexpr = TURN_ROWS > 0
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_N, D], TILE)
