@@ -1,4 +1,4 @@
-"""Prompts over time, from a text file with one `5s: a prompt` a line."""
+"""Prompts over time, from a text file of `5s: a prompt`, one a line or with commas between."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 _LINE = re.compile(r"([0-9]+(?:\.[0-9]+)?)s\s*:\s*(.*)")
-_SECOND = re.compile(r",\s*[0-9.]+s\s*:")
+_NEXT = re.compile(r",\s*(?=[0-9.]+s\s*:)")
 _FORM = "'SECONDSs: PROMPT', such as '5s: a cat runs'"
 
 
@@ -79,8 +79,8 @@ def parse_prompts(text: str, source: str = "prompts") -> PromptSchedule:
     """Read a schedule; empty lines and lines that begin with '#' are skipped.
 
     Raises:
-        ConfigError: a line that is not of this form or has a second prompt behind a comma, an empty prompt, a time that
-            does not rise, or a first prompt that does not begin at 0s; names the line.
+        ConfigError: a line that is not of this form, an empty prompt, a time that does not rise, or a first prompt that
+            does not begin at 0s; names the line.
     """
     starts: list[float] = []
     texts: list[str] = []
@@ -88,17 +88,16 @@ def parse_prompts(text: str, source: str = "prompts") -> PromptSchedule:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match = _LINE.fullmatch(line)
-        if not match:
-            raise ConfigError(f"{source}, line {number}: expected {_FORM}, got {_short(line)!r}")
-        start, prompt = float(match[1]), match[2]
-        if _SECOND.search(prompt):
-            raise ConfigError(f"{source}, line {number}: expected one prompt a line, got {_short(line)!r}")
-        problem = _problem(starts, start, prompt)
-        if problem:
-            raise ConfigError(f"{source}, line {number}: {problem}")
-        starts.append(start)
-        texts.append(prompt)
+        for entry in _NEXT.split(line):
+            match = _LINE.fullmatch(entry)
+            if not match:
+                raise ConfigError(f"{source}, line {number}: expected {_FORM}, got {_short(entry)!r}")
+            start, prompt = float(match[1]), match[2]
+            problem = _problem(starts, start, prompt)
+            if problem:
+                raise ConfigError(f"{source}, line {number}: {problem}")
+            starts.append(start)
+            texts.append(prompt)
     if not starts:
         raise ConfigError(f"{source}: expected at least one line of the form {_FORM}, got none")
     return PromptSchedule(tuple(starts), tuple(texts))

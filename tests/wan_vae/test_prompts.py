@@ -18,6 +18,12 @@ def test_a_prompt_holds_from_its_time_until_the_next() -> None:
     assert [schedule.at(t) for t in (0, 2.49, 2.5, 9.99, 10, 1e6)] == [0, 0, 1, 1, 2, 2]
 
 
+def test_prompts_may_share_a_line() -> None:
+    schedule = parse_prompts("0s: a cat, asleep, 5s: it wakes , 7.5s : rain, 24s of it\n9s: end")
+    expected = [(0.0, "a cat, asleep"), (5.0, "it wakes "), (7.5, "rain, 24s of it"), (9.0, "end")]
+    assert [(start, text.strip()) for start, text in schedule] == [(start, text.strip()) for start, text in expected]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -32,7 +38,9 @@ def test_a_prompt_holds_from_its_time_until_the_next() -> None:
         ("1s: a cat", "line 1: expected the first prompt to begin at 0s, got 1s"),
         ("0s: a\n\n5s: b\n5s: c", "line 4: expected a time after 5s, got 5s"),
         ("0s: a\n5s: b\n4s: c", "line 3: expected a time after 5s, got 4s"),
-        ("0s: a\n2s: b, 5.5s: c", "line 2: expected one prompt a line, got '2s: b, 5.5s: c'"),
+        ("0s: a\n2s: b, 1.5s: c", "line 2: expected a time after 2s, got 1.5s"),
+        ("0s: a, 5s:", "line 1: expected a prompt after '5s:'"),
+        ("0s: a, 5.5.5s: b", "line 1: expected 'SECONDSs: PROMPT'.*got '5.5.5s: b'"),
         ("0s: a\n5s:  ", "line 2: expected a prompt after '5s:'"),
         ("0s: a\n" + "9" * 400 + "s: b", "line 2: expected a finite number"),
     ],
