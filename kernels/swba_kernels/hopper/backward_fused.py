@@ -17,7 +17,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -26,14 +25,12 @@ from .backward_loader import load
 from .backward_order import add, by_thread, sum_box
 from .backward_ranges import hide_others, next_row, queries_of, walk_grid, work_of
 from .backward_shared import (
-    LN2,
     hide,
     keep_seen,
     row_box,
     row_terms,
     seen_buffer,
-    store_tile,
-    store_tile_apart,
+    store_gradients,
 )
 from .pipeline import counting
 
@@ -61,7 +58,6 @@ def _consume(
     dQ is made of whatever shared memory held, and dropped. dV is issued before dP is waited for: else the assembler
     moves that wait above the exponentials, and the tensor cores have nothing of this warpgroup's to do meanwhile.
     """
-    dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
     count_smem, seen_smem, ds_smem, dq_smem = own
     keys_full, full, empty = arrivals
@@ -127,15 +123,7 @@ def _consume(
     dq = warpgroup_mma_wait(0, deps=(dq,))
     _hand_over(dq, dq_smem, dq_full, dq_empty, before, WARPGROUP)
     first += WARPGROUP * 64
-    if Q_SINK:
-        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, first, dv.to(DTYPE), v, D)
-        tma.store_wait(0)
-        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), v, D)
-    else:
-        store_tile(dv_desc, i_b, i_h, first, dv.to(DTYPE), v, D)
-        tma.store_wait(0)
-        store_tile(dk_desc, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), v, D)
-    tma.store_wait(0)
+    store_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, v, Q_SINK)
 
 
 @gluon.jit(

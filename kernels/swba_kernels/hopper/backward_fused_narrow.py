@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .backward_loader import load
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import first_tile, hide_others, next_row, queries_of, walk_grid, work_of
-from .backward_shared import LN2, row_box, store_tile, store_tile_apart, weigh
+from .backward_shared import row_box, store_gradients, weigh
 from .compat import cta_barrier, tma_store, view
 from .pipeline import counting, next_stage
 
@@ -40,7 +40,6 @@ def _consume(
 
     dV and dK of a tile run beside S^T and dP^T of the next one.
     """
-    dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
     count_smem, ds_smem = own
     keys_full, full, empty = arrivals
@@ -108,15 +107,7 @@ def _consume(
     dk = warpgroup_mma(ds_operand, q_smem.index(stage), dk, is_async=True)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     first += WARPGROUP * 64
-    if Q_SINK:
-        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, first, dv.to(DTYPE), v, D)
-        tma.store_wait(0)
-        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), v, D)
-    else:
-        store_tile(dv_desc, i_b, i_h, first, dv.to(DTYPE), v, D)
-        tma.store_wait(0)
-        store_tile(dk_desc, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), v, D)
-    tma.store_wait(0)
+    store_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, v, Q_SINK)
 
 
 @gluon.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from .compat import box, cta_barrier, tma_load, tma_store, view
 
@@ -144,3 +144,20 @@ def store_tile_apart(desc, sink_desc, in_sinks, i_b, i_h, row, x, buffer, D: gl.
         store_tile(sink_desc, i_b, i_h, row, x, buffer, D)
     else:
         store_tile(desc, i_b, i_h, row, x, buffer, D)
+
+
+@gluon.jit
+def store_gradients(outputs, in_sinks, i_b, i_h, row, dk, dv, scale2, buffer, Q_SINK: gl.constexpr):
+    """Send dv and then dk, times the scale, of 64 keys to global memory by a buffer that only this warpgroup read."""
+    dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
+    DTYPE: gl.constexpr = buffer.dtype
+    D: gl.constexpr = buffer.shape[1]
+    if Q_SINK:
+        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, row, dv.to(DTYPE), buffer, D)
+        tma.store_wait(0)
+        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, row, (dk * (scale2 * LN2)).to(DTYPE), buffer, D)
+    else:
+        store_tile(dv_desc, i_b, i_h, row, dv.to(DTYPE), buffer, D)
+        tma.store_wait(0)
+        store_tile(dk_desc, i_b, i_h, row, (dk * (scale2 * LN2)).to(DTYPE), buffer, D)
+    tma.store_wait(0)
