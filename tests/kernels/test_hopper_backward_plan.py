@@ -17,7 +17,7 @@ from swba_kernels.hopper import backward, backward_ranges
 NUMPY = SimpleNamespace(minimum=np.minimum, maximum=np.maximum, where=np.where, constexpr=int)
 NAMES = (
     "block_end", "queries_of", "query_walk", "latest_row", "key_walk", "key_tile",
-    "walk_grid", "next_row", "first_tile", "place", "place_apart", "pattern_of", "work_of",
+    "walk_grid", "next_row", "number_of", "first_tile", "place", "place_apart", "pattern_of", "work_of",
 )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def take_turns(
     for i_work in range(work * heads):
         in_sinks, part, _, i_h, first, i_sums = backward_ranges.work_of(i_work, sizes, shape, keys, apart)
         count, from_row, to_row, _, _ = backward_ranges.walk_grid(first, part, rows, keys, True)
-        tile = (first - (sink if apart and not in_sinks else 0)) // keys
+        tile, _ = backward_ranges.number_of(first, in_sinks, sizes, keys, apart)
         for head in range(i_h * group, (i_h + 1) * group):
             row = from_row
             for _ in range(count):

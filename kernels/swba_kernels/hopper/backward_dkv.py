@@ -20,7 +20,7 @@ from .backward_ranges import latest_row, pattern_of, place_apart, queries_of, qu
 from .backward_shared import (
     LN2,
     keep_seen,
-    load_apart,
+    load_queries,
     load_row_terms,
     row_box,
     seen_buffer,
@@ -72,10 +72,7 @@ def _produce(inputs, buffers, barriers, pattern, shape, Q_SINK: gl.constexpr):
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
-            if Q_SINK:
-                load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage))
-            else:
-                tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+            load_queries(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage), Q_SINK)
             tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
             load_row_terms(lse_desc, i_b * heads + i_head, all_heads, row, ready, lse_smem.index(stage))
             load_row_terms(delta_desc, i_b * heads + i_head, all_heads, row, ready, delta_smem.index(stage))

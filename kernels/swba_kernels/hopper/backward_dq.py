@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_ranges import block_end, key_tile, key_walk, key_walk_apart, pattern_of
-from .backward_shared import LN2, clear_past, load_apart, store_tile, store_tile_apart
+from .backward_shared import LN2, clear_past, load_queries, store_tile, store_tile_apart
 from .compat import box, tma_load
 from .pipeline import counting, next_stage
 
@@ -60,10 +60,7 @@ def _produce(inputs, buffers, barriers, pattern, shape, Q_SINK: gl.constexpr):
     in_sinks, i_b, i_h, first, count, walk = _query_tile(shape, pattern, WARPGROUPS, BLOCK_N, Q_SINK)
     mbarrier.expect(rows_full, 2 * WARPGROUPS * 64 * D * 2)
     for w in gl.static_range(WARPGROUPS):
-        if Q_SINK:
-            load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_h, first + w * 64, 0], rows_full, q_smem.index(w))
-        else:
-            tma_load(q_desc, [i_b, i_h, first + w * 64, 0], rows_full, box(q_smem.index(w), 64, D))
+        load_queries(q_desc, q_sink_desc, in_sinks, [i_b, i_h, first + w * 64, 0], rows_full, q_smem.index(w), Q_SINK)
         tma_load(grad_desc, [i_b, i_h, first + w * 64, 0], rows_full, box(grad_smem.index(w), 64, D))
     stage = 0
     phase = 1

@@ -127,10 +127,8 @@ def _consume(
 
 
 @gluon.jit(
-    do_not_specialize=[
-        "n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all", "together",
-    ]
-)  # fmt: skip
+    do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all", "together"]
+)
 def fused_kernel(
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc,
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns, p_ticket,

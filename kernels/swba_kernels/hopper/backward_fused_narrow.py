@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_loader import load
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
-from .backward_ranges import first_tile, hide_others, next_row, queries_of, walk_grid, work_of
+from .backward_ranges import first_tile, hide_others, next_row, number_of, queries_of, walk_grid, work_of
 from .backward_shared import row_box, store_gradients, weigh
 from .compat import cta_barrier, tma_store, view
 from .pipeline import counting, next_stage
@@ -122,7 +122,7 @@ def _fold_and_add(
     """
     ds_full, ds_empty = barriers
     heads, group, kv_in_all, together = shape
-    n, _, _, sink, _ = pattern
+    n, _, _, _, _ = pattern
     SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
     BLOCK_N: gl.constexpr = ds_smem.shape[1]
     BLOCK_M: gl.constexpr = ds_smem.shape[2]
@@ -137,10 +137,7 @@ def _fold_and_add(
     stage = 0
     phase = 0
     if TURN_ROWS:
-        origin = 0
-        if Q_SINK:
-            origin = gl.where(in_sinks, 0, sink)
-        tile = (first - origin) // BLOCK_N
+        tile, origin = number_of(first, in_sinks, pattern, BLOCK_N, Q_SINK)
         p_turn = p_turns  # of the turn that this program has: none yet
         ended = False
     mbarrier.wait(keys_full, 0)

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .backward_ranges import next_row, walk_grid, work_of
-from .backward_shared import load_apart
+from .backward_shared import load_queries
 from .compat import box, tma_load
 from .pipeline import next_stage
 
@@ -43,10 +43,7 @@ def load(inputs, buffers, barriers, i_work, pattern, shape, DOWN: gl.constexpr, 
         ready = full.index(stage)
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
-        if Q_SINK:
-            load_apart(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage))
-        else:
-            tma_load(q_desc, [i_b, i_head, row, 0], ready, box(q_smem.index(stage), BLOCK_M, D))
+        load_queries(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage), Q_SINK)
         tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
         tma_load(grad_desc, [i_b, i_head, row, 0], ready, box(grad_smem.index(stage), BLOCK_M, D))
         tma_load(delta_desc, [i_b * heads + i_head, row], ready, delta_smem.index(stage))

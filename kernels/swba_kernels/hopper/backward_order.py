@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .backward_ranges import next_row, walk_grid, work_of
+from .backward_ranges import next_row, number_of, walk_grid, work_of
 from .compat import cta_barrier, tma_store, view
 
 
@@ -88,7 +88,7 @@ def add(
     arrived: so setting counters runs beside the copies.
     """
     heads, group, kv_in_all, together = shape
-    n, _, _, sink, _ = pattern
+    n, _, _, _, _ = pattern
     SUM_ROWS: gl.constexpr = dq_smem.shape[0]
     in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
     tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
@@ -96,10 +96,7 @@ def add(
     i_head = i_h * group
     row = from_row
     if IN_TURN:
-        origin = 0
-        if Q_SINK:
-            origin = gl.where(in_sinks, 0, sink)
-        tile = (first - origin) // BLOCK_N
+        tile, _ = number_of(first, in_sinks, pattern, BLOCK_N, Q_SINK)
         counters = (n + BLOCK_M - 1) // BLOCK_M
         p_turn = p_turns + (i_sums * heads + i_head) * counters + row // BLOCK_M
         p_before = p_turns  # any other value: a name that starts as an alias would not be carried through the loop

@@ -62,15 +62,15 @@ def latest_row(stop, pattern, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def key_walk(first, pattern, rows, COLUMNS: gl.constexpr):
-    """Return (tiles, walk) for the query rows [first, first + rows); `walk` is what `key_tile` asks for.
+def key_walk(first, pattern, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Return (tiles, walk) for the query rows [first, first + ROWS); `walk` is what `key_tile` asks for.
 
     walk = (sink_stop, sink_tiles, left, all_left, all_stop, stop): the rows see sinks [0, sink_stop), in `sink_tiles`
     tiles, and some of the keys [left, stop); all rows see the keys [all_left, all_stop).
     """
     n, _, window, sink, _ = pattern
     end_first = block_end(first, pattern)
-    end_last = block_end(gl.minimum(first + rows, n) - 1, pattern)
+    end_last = block_end(gl.minimum(first + ROWS, n) - 1, pattern)
     left = gl.maximum(end_first - window, 0)
     sink_stop = gl.minimum(sink, left)
     sink_tiles = (sink_stop + COLUMNS - 1) // COLUMNS
@@ -131,6 +131,17 @@ def next_row(row, from_row, to_row, BLOCK_M: gl.constexpr, DOWN: gl.constexpr):
     else:
         following = row + BLOCK_M
     return gl.where(row == to_row, from_row, following)
+
+
+@gluon.jit
+def number_of(first, in_sinks, pattern, KEYS: gl.constexpr, Q_SINK: gl.constexpr):
+    """Return (number of the tile of keys that starts at `first`, where its part starts), counted in its part."""
+    _, _, _, sink, _ = pattern
+    if Q_SINK:
+        origin = gl.where(in_sinks, 0, sink)
+        return (first - origin) // KEYS, origin
+    else:
+        return first // KEYS, 0
 
 
 @gluon.jit

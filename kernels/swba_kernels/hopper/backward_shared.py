@@ -28,11 +28,14 @@ def load_row_terms(desc, i_head, heads, row, full, buffer):
 
 
 @gluon.jit
-def load_apart(desc, sink_desc, in_sinks, at, full, buffer):
-    """Copy a tile of the queries that read sinks, or of those that read other keys, into a buffer [ROWS, D]."""
+def load_queries(desc, sink_desc, in_sinks, at, full, buffer, Q_SINK: gl.constexpr):
+    """Copy a tile of queries into a buffer [ROWS, D]; with Q_SINK of those that read sinks, or those that do not."""
     tile = box(buffer, buffer.shape[0], buffer.shape[1])
-    tma_load(sink_desc, at, full, tile, pred=in_sinks)
-    tma_load(desc, at, full, tile, pred=in_sinks == 0)
+    if Q_SINK:
+        tma_load(sink_desc, at, full, tile, pred=in_sinks)
+        tma_load(desc, at, full, tile, pred=in_sinks == 0)
+    else:
+        tma_load(desc, at, full, tile)
 
 
 @gluon.jit
