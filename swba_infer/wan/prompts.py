@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 _LINE = re.compile(r"([0-9]+(?:\.[0-9]+)?)s\s*:\s*(.*)")
-_NEXT = re.compile(r",\s*(?=[0-9.]+s\s*:)")
+_NEXT = re.compile(r"\s*,\s*(?=[0-9.]+s\s*:)")
 _FORM = "'SECONDSs: PROMPT', such as '5s: a cat runs'"
 
 

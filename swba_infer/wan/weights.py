@@ -106,7 +106,10 @@ def open_pickle(path: Path, key: str | None = None) -> tuple[Weights, str]:
 
 def _find_tensors(content: Any, key: str | None, path: Path) -> tuple[dict[str, Any], str]:
     where: list[str] = []
-    for name in [] if key is None else [key] if isinstance(content, dict) and key in content else key.split("."):
+    names: list[str] = []
+    if key is not None:  # a name with dots of the file's own goes first
+        names = [key] if isinstance(content, dict) and key in content else key.split(".")
+    for name in names:
         if not isinstance(content, dict) or name not in content:
             have = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
             raise CheckpointError(f"{path}: expected the key {key!r}, got {have}")
