@@ -17,6 +17,7 @@ from swba_kernels.hopper import supports
 
 PATTERN = BlockWindow(96, 192, 16)
 OPS = ("forward", "prefill", "decode")
+SMALLEST = supports.SMALLEST_BLOCK["forward with sinks"]
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_tensors_that_tma_cannot_read_run_portable_under_auto_and_raise_by_name(
     inputs[which] = spoil(inputs[which])
     attend(*(x.requires_grad_() for x in inputs)).square().sum().backward()
     assert played.calls == [("triton", "forward"), ("triton", "backward")]
-    with pytest.raises(ValueError, match=r"got 'hopper' for forward: (a tensor whose first|strides)"):
+    with pytest.raises(ValueError, match=r"got 'hopper' for forward with sinks: (a tensor whose first|strides)"):
         attend(*inputs, impl="hopper")
 
 
@@ -237,13 +238,14 @@ def test_other_head_dims_and_small_blocks_run_portable_under_auto(played, caplog
     with caplog.at_level(logging.DEBUG, logger="swba_kernels"):
         for _ in range(2):
             attend(*draw(200, head_dim=96))
-            attend(*draw(200), pattern=BlockWindow(supports.SMALLEST_BLOCK["forward"][64] - 1, 100))
+            attend(*draw(200), pattern=BlockWindow(SMALLEST[64] - 1, 100, 3))
     assert played.calls == [("triton", "forward")] * 4
     assert len(caplog.records) == 2, "each reason is logged once"
     with pytest.raises(ValueError, match="head dim 96"):
         attend(*draw(200, head_dim=96), impl="hopper")
-    attend(*draw(200), pattern=BlockWindow(5, 100), impl="hopper")
-    assert played.calls[-1] == ("hopper", "forward")
+    attend(*draw(200), pattern=BlockWindow(5, 100, 3), impl="hopper")
+    attend(*draw(200), pattern=BlockWindow(5, 100))
+    assert played.calls[-2:] == [("hopper", "forward")] * 2, "without sinks small blocks have a kernel of their own"
 
 
 def test_the_layout_of_a_gradient_is_no_obstacle(played) -> None:
@@ -256,9 +258,8 @@ def test_the_layout_of_a_gradient_is_no_obstacle(played) -> None:
 
 
 def test_a_short_call_is_a_small_block(played) -> None:
-    least = supports.SMALLEST_BLOCK["forward"][64]
-    attend(*draw(least - 1), pattern=BlockWindow(1000, 1000))
-    attend(*draw(least), pattern=BlockWindow(1000, 1000))
+    attend(*draw(SMALLEST[64] - 1), pattern=BlockWindow(1000, 1000, 3))
+    attend(*draw(SMALLEST[64]), pattern=BlockWindow(1000, 1000, 3))
     assert [family for family, _ in played.calls] == ["triton", "hopper"]
 
 
@@ -290,7 +291,7 @@ def test_one_compiled_graph_serves_every_size_and_decides_as_it_runs(played) -> 
         out.sum().backward()
         seen.append({family for family, _ in played.calls})
         played.calls.clear()
-    assert seen == [{"hopper"}] * 3 + [{"triton"}] * 2 + [{"hopper"}]
+    assert seen == [{"hopper"}] * 3 + [{"hopper", "triton"}] * 2 + [{"hopper"}], "small blocks: forward, backward"
     assert counter.frame_count == 2
     call(*(unaligned(x.detach()).requires_grad_() for x in draw(512)), PATTERN)
     assert {family for family, _ in played.calls} == {"triton"}

@@ -33,6 +33,13 @@ PATTERNS = [
     (BlockWindow(2025, 2025, 2025), 2025 * 2 + 1),
     (BlockWindow(2025, 5000), 1300),
     (BlockWindow(1, 3), 70),
+    (BlockWindow(1, 500), 600),
+    (BlockWindow(17, 51, 0, 5), 333),
+    (BlockWindow(48, 768), 48 * 40),
+    (BlockWindow(48, 100, 0, 48), 1000),
+    (BlockWindow(95, 190, 0, 45), 900),
+    (BlockWindow(127, 127), 130),
+    (BlockWindow(127, 600, 0, 1), 63),
     (BlockWindow(17, 40, 3, 5), 333),
     (BlockWindow(100, 130, 500), 777),
 ]
@@ -57,9 +64,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, pattern: BlockWindow, scale: float | 
 
 
 def candidates(head_dim: int):
+    """Return every configuration; None leaves the choice, among others that of the kernel for small blocks."""
     from swba_kernels.hopper.forward import CONFIGS
 
-    return CONFIGS[head_dim]
+    return (None, *CONFIGS[head_dim])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,6 +144,21 @@ def test_keys_that_no_row_sees_do_not_matter(block, head_dim) -> None:
             x[:, :, end:] = float("nan")
             x[:, :, min(pattern.sink, lo) : lo] = float("nan")
         equal_rows(call(q, k, v, pattern), clean, slice(end - block, end))
+
+
+@pytest.mark.parametrize("block", [1, 17, 48, 64, 100, 127])
+def test_rows_that_share_a_tile_with_other_small_blocks_see_only_their_own(block) -> None:
+    """Other values in the keys that a row does not see keep its bits; NaN does where none of its 64 rows sees them."""
+    pattern, n = BlockWindow(block, 2 * block), 640
+    q, k, v = qkv(Case(pattern, n, 2, 2, 64), torch.bfloat16, "cuda")
+    clean = call(q, k, v, pattern)
+    visible = pattern.mask(n, "cuda")
+    for row in (0, 63, 64, 200, 400, n - 1):
+        tile = row // 64 * 64
+        sees = (visible[row], torch.randn_like(k)), (visible[tile : tile + 64].any(0), torch.full_like(k, math.nan))
+        for seen, other in sees:
+            inputs = (torch.where(seen[:, None], x, other) for x in (k, v))
+            equal_rows(call(q, *inputs, pattern), clean, slice(row, row + 1))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -11,12 +11,13 @@ from swba_kernels.reference import ring_layout
 
 pytest.importorskip("triton.experimental.gluon")
 
-from swba_kernels.hopper import forward_plan
+from swba_kernels.hopper import forward_plan, forward_small
 from swba_kernels.hopper.forward_plan import Plan, plan_forward
 
 place_of, rows_of = forward_plan.place_of.fn, forward_plan.rows_of.fn
 rounds_of, item_of = forward_plan.rounds_of.fn, forward_plan.item_of.fn
 own_keys, ring_keys = forward_plan.own_keys.fn, forward_plan.ring_keys.fn
+block_end, start_of = forward_small.block_end.fn, forward_small.start_of.fn
 
 
 @st.composite
@@ -146,3 +147,30 @@ def test_tiles_of_a_segment_show_every_key_once(start, length, columns) -> None:
             assert start <= row <= start + length - columns
         row = start + (tiles - 2 - j) * columns
     assert sorted(seen) == list(range(start, start + length))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, forward_small.KEYS - 1), st.integers(0, 300), st.integers(0, 126), st.integers(1, 500))
+def test_small_blocks_every_row_meets_its_keys_once_and_some_of_them_at_once(block, more, first_block, n) -> None:
+    """The masks of the kernel: all bounds in its first tile, the lower ones and the overlap in its last two."""
+    pattern = BlockWindow(block, block + more, 0, min(first_block, block))
+    keys = forward_small.KEYS
+    ends = [block_end(row, n, block, pattern.grid_start) for row in range(n)]
+    for row in range(0, n, 64):
+        first, end = max(ends[row] - pattern.window, 0), ends[min(row + 63, n - 1)]
+        tiles = -(-(end - first) // keys)
+        starts = [start_of(tile, tiles, first, end, keys) for tile in range(tiles)]
+        assert tiles == 1 or min(starts) >= 0
+        for r in range(row, min(row + 64, n)):
+            low = max(ends[r] - pattern.window, 0)
+            met = []
+            for tile, start in enumerate(starts):
+                tile_keys = range(start, start + keys)
+                if tile == 0:
+                    met += [key for key in tile_keys if low <= key < ends[r]]
+                    assert met, "an online softmax needs a score in its first tile"
+                elif tile >= tiles - 2:
+                    met += [key for key in tile_keys if low <= key < end - tile * keys]
+                else:
+                    met += tile_keys
+            assert sorted(met) == [key for key in range(n) if pattern.visible(r, key, n)]

@@ -76,25 +76,24 @@ def _produce(inputs, buffers, barriers, pattern, shape, Q_SINK: gl.constexpr):
 
 @gluon.jit
 def _slopes(
-    s, dp, rows, tile, pattern, scale2, count_smem,
-    DTYPE: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr, AFTER: gl.constexpr,
-):  # fmt: skip
-    """Return dS = P (dP - delta) of one tile, as the first operand of the next matmul.
+    s, dp, rows, tile, pattern, scale2, count_smem, SCORES: gl.constexpr, AFTER: gl.constexpr
+):
+    """Return dS = P (dP - delta) of one tile.
 
-    s is in flight, with AFTER matmuls behind it, of which dp is the first.
+    s is in flight, with AFTER matmuls behind it: dp, and one that may run beside this.
     """
     lse2, delta, row_end = rows
     start, stop, edge = tile
     _, _, window, sink, _ = pattern
     s = warpgroup_mma_wait(AFTER, deps=(s,))
     p = gl.exp2(s * scale2 - lse2[:, None])
-    dp = warpgroup_mma_wait(0, deps=(dp,))
+    dp = warpgroup_mma_wait(AFTER - 1, deps=(dp,))
     slope = p * (dp - delta[:, None])
     if edge:
         keys = start + count_smem.load(gl.SliceLayout(0, SCORES))[None, :]
         in_window = (keys >= (row_end - window)[:, None]) | (keys < sink)
         slope = gl.where(in_window & (keys < gl.minimum(row_end, stop)[:, None]), slope, 0.0)
-    return gl.convert_layout(slope.to(DTYPE), OPERAND, assert_trivial=True)
+    return slope
 
 
 @gluon.jit
@@ -137,7 +136,8 @@ def _consume(
     clear_past(k_smem.index(0), tile, n, BLOCK_N, D)
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
     dp = warpgroup_mma(grad, v_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    ds = _slopes(s, dp, rows, tile, pattern, scale2, count_smem, DTYPE, SCORES, OPERAND, 1)
+    slope = _slopes(s, dp, rows, tile, pattern, scale2, count_smem, SCORES, 1)
+    ds = gl.convert_layout(slope.to(DTYPE), OPERAND, assert_trivial=True)
     stage = 0
     phase = 0
     for j in range(1, count):
@@ -150,9 +150,10 @@ def _consume(
         s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
         dp = warpgroup_mma(grad, v_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
         dq = warpgroup_mma(ds, k_smem.index(before), dq, is_async=True)
-        ds = _slopes(s, dp, rows, tile, pattern, scale2, count_smem, DTYPE, SCORES, OPERAND, 2)
+        slope = _slopes(s, dp, rows, tile, pattern, scale2, count_smem, SCORES, 2)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(empty.index(before), count=1)
+        ds = gl.convert_layout(slope.to(DTYPE), OPERAND, assert_trivial=True)
     dq = warpgroup_mma(ds, k_smem.index(stage), dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
     first += WARPGROUP * 64

@@ -98,12 +98,13 @@ def hide(x, row, count_smem, edges):
 @gluon.jit
 def weigh(
     s_t, dp_t, row, terms, edges, scale2,
-    BLOCK_M: gl.constexpr, DTYPE: gl.constexpr, AFTER: gl.constexpr, SLIDES: gl.constexpr,
+    BLOCK_M: gl.constexpr, AFTER: gl.constexpr, SLIDES: gl.constexpr,
 ):  # fmt: skip
-    """Return P^T = exp2(S^T - lse) and dS^T = P^T (dP^T - delta) as first operands of the next matmuls.
+    """Return P^T = exp2(S^T - lse) and dS^T = P^T (dP^T - delta).
 
     `edges` as in `hide`, but for the ranges of each key: numbers in registers, or buffers if tiles slide. s_t is in
-    flight, with AFTER matmuls behind it, of which dp_t is the first; all have ended on return.
+    flight, with AFTER matmuls behind it: dp_t, and others that run beside this. Before those have ended nothing may be
+    rounded to an operand of the next ones, or ptxas serialises them.
     """
     lse_smem, delta_smem, count_smem = terms
     seen_from, seen_to, all_start, all_stop, latest = edges
@@ -113,7 +114,7 @@ def weigh(
     s_t = warpgroup_mma_wait(AFTER, deps=(s_t,))
     p_t = gl.exp2(s_t * scale2 - lse2[None, :])
     delta = row_terms(delta_smem, BLOCK_M, COLUMNS)
-    dp_t = warpgroup_mma_wait(0, deps=(dp_t,))
+    dp_t = warpgroup_mma_wait(AFTER - 1, deps=(dp_t,))
     slope = dp_t - delta[None, :]
     if (row < all_start) | (row + BLOCK_M > all_stop):
         if SLIDES:
@@ -127,7 +128,7 @@ def weigh(
         visible = (queries >= low[:, None]) & (queries < high[:, None])
         p_t = gl.where(visible, p_t, 0.0)
         slope = gl.where(visible, slope, 0.0)
-    return p_t.to(DTYPE), (p_t * slope).to(DTYPE)
+    return p_t, p_t * slope
 
 
 @gluon.jit

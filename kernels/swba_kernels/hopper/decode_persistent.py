@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .compat import allow_dependents, await_prerequisites, box, named_arrive, named_sync, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import next_stage
-from .softmax import first_weights, hide_first, next_weights, rescale
+from .softmax import finish_before, first_weights, hide_first, next_weights, rescale, row_total
 
 # Of an item in the table: row, head, first query, low and high end of its part of the keys, unit, items of this CTA.
 FIELDS = gl.constexpr(8)
@@ -162,6 +162,8 @@ def _next_tile(
     if BEGINS:
         s = hide_first(s, run[2])
     weights, top, total, fade = next_weights(s, top, total, scale2)
+    if k_smem.shape[2] == 128:  # at 64 it costs 8%
+        finish_before(total)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     acc = rescale(acc, fade)
@@ -306,6 +308,7 @@ def _consumer(
                 )  # fmt: skip
                 if i_round == rounds - 1:  # not earlier: CTAs of the merge would crowd the first idle multiprocessors
                     allow_dependents()
+                total = row_total(total, top)
                 lse = top + gl.log2(total)
                 acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, ACC), assert_trivial=True))[:, None]
                 if unit < 0:

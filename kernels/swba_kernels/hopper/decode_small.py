@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .compat import allow_dependents, await_prerequisites, box, cta_barrier, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import counting
-from .softmax import first_weights, hide_first, next_weights, rescale
+from .softmax import first_weights, hide_first, next_weights, rescale, row_total
 
 
 @gluon.jit
@@ -196,6 +196,7 @@ def decode_small(
             queries, k_desc, v_desc, at, tiles, behind, k_smem, v_smem, k_full, v_full, count_smem, scale2,
             BN, D, STAGES, Q_SINK,
         )  # fmt: skip
+        total = row_total(total, top)
         lse = top + gl.log2(total)
         acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, ACC), assert_trivial=True))[:, None]
         if splits == 1:

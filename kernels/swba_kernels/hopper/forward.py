@@ -1,7 +1,7 @@
 """Forward attention over the block window on Hopper, for training and for prefill on top of a ring's history.
 
 A CTA is one producer (forward_producer.py) and two to four consumers (forward_consumer.py). CTAs are persistent, and
-walk the work items of forward_plan.py.
+walk the work items of forward_plan.py. Small blocks at head dim 64 have a kernel of their own (forward_small.py).
 
 B batch, H query heads, Hkv key/value heads, N tokens, D head dim, L ring lanes, S ring slots.
 """
@@ -22,6 +22,7 @@ from .forward_consumer import Outputs, consume
 from .forward_plan import plan_forward
 from .forward_producer import Inputs, produce
 from .forward_shared import Bars, Buffers, Call
+from .forward_small import KEYS, forward_small
 from .launch import descriptor, multiprocessors
 
 
@@ -157,7 +158,7 @@ def forward(
         grid_start: start of the block grid relative to the call's first token, at most 0.
         q_sink: the queries that read sinks, wherever they lie, in place of q; with the shape of q.
         ring: history of each row.
-        config: replaces the table's choice.
+        config: replaces the table's choice, and the kernel for small blocks.
 
     Returns:
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
@@ -173,6 +174,13 @@ def forward(
         window, sink = n, 0
     elif ring is None:
         window, sink = min(window, n), min(sink, n)
+    if config is None and head_dim == 64 and block_size < KEYS and ring is None and q_sink is None and sink == 0:
+        forward_small[(-(-n // 64) * batch * heads,)](
+            descriptor(q, 64), descriptor(k, KEYS), descriptor(v, KEYS), descriptor(out, 64), lse,
+            max(scale * LOG2E, 1e-30), heads, heads // k.shape[1], n, block_size, window, grid_start,
+            BN=KEYS, D=head_dim, STAGES=2, num_warps=4, maxnreg=168,
+        )  # fmt: skip
+        return out, lse
     config = config or choose_config(head_dim, min(block_size, n), ring is not None)
     weighed = (window, sink) if ring is None else (0, 0)
     plan = plan_forward(n, block_size, *weighed, grid_start, config.groups * 64)

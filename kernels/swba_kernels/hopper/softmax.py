@@ -1,4 +1,8 @@
-"""Online softmax over key tiles: its running maximum and sum, and the rare rescaling of what was summed before."""
+"""Online softmax over key tiles: its running maximum and sum, and the rare rescaling of what was summed before.
+
+`top` [64] is in units of log2. `total` [64, 4] keeps apart what each of the four threads that share a row has summed:
+they meet once, in `row_total`, not at every tile.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,23 @@ def hide_first(s, behind):
 
 
 @gluon.jit
+def _sums_of_threads(p):
+    """Sum what each thread holds of a row of p [64, N], an accumulator of wgmma: [64, 4]."""
+    return gl.sum(gl.sum(gl.reshape(p, (p.shape[0], p.shape[1] // 8, 4, 2)), 3), 1)
+
+
+@gluon.jit
+def row_total(total, top):
+    """Return the sums of rows, in the layout of `top`."""
+    return gl.convert_layout(gl.sum(total, 1), top.type.layout, assert_trivial=True)
+
+
+@gluon.jit
 def first_weights(s, scale2):
-    """Return (weights, top, total) of the first tile of raw scores s; `top` is in units of log2."""
+    """Return (weights, top, total) of the first tile of raw scores s."""
     top = gl.max(s, 1) * scale2
     p = gl.exp2(s * scale2 - top[:, None])
-    return p, top, gl.sum(p, 1)
+    return p, top, _sums_of_threads(p)
 
 
 @gluon.jit
@@ -32,7 +48,23 @@ def next_weights(s, top, total, scale2):
     new_top = gl.where(peak > top + SLACK, peak, top)
     fade = gl.exp2(top - new_top)
     p = gl.exp2(s * scale2 - new_top[:, None])
-    return p, new_top, total * fade + gl.sum(p, 1), fade
+    fades = gl.convert_layout(fade, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[:, None]
+    return p, new_top, total * fades + _sums_of_threads(p), fade
+
+
+@gluon.jit
+def finish_before(total):
+    """Keep the exponentials, whose sums `total` are, ahead of what follows: the wait for a matmul that runs beside them.
+
+    ptxas moves such a wait up in front of them, which leaves this warpgroup's queue at the tensor cores empty all
+    through the softmax. A sum is never negative, so nobody sleeps; but the question has to be answered first. (A trap
+    in its place makes ptxas serialise the matmuls of the decode.)
+    """
+    ASM: gl.constexpr = (
+        "{ .reg .pred q; setp.lt.f32 q, $2, 0f00000000; setp.lt.or.f32 q, $3, 0f00000000, q; "
+        "@q nanosleep.u32 0; mov.u32 $0, 0; mov.u32 $1, 0; }"
+    )
+    gl.inline_asm_elementwise(ASM, "=r,=r,f,f", [total], dtype=gl.int32, is_pure=False, pack=2)
 
 
 @gluon.constexpr_function

@@ -1,0 +1,167 @@
+"""Forward for small blocks at head dim 64: 64 query rows a CTA, cut without regard to blocks, and several CTAs per SM.
+
+B batch, H query heads, Hkv key/value heads, N tokens, D head dim, BN keys of a tile.
+
+In forward.py a tile never straddles blocks, so blocks smaller than a tile would leave rows idle. Here a row r sees its
+own range of keys, [low(r), end(r)). For blocks below BN tokens the ranges of 64 rows begin and end less than BN keys
+apart, so edges need masks in three tiles at most: the first one, which ends where the last row's range ends, and the
+last two, of which the last begins where the first row's range begins. The tiles between are seen by all rows. As in
+decode_small.py, CTAs that share a multiprocessor hide each other's waits, so a CTA needs no producer: it issues its own
+copies, STAGES key tiles ahead.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .compat import box, cta_barrier, tma_load, tma_store
+from .forward_consumer import clear_rows
+from .pipeline import counting
+from .softmax import finish_before, first_weights, next_weights, rescale, row_total
+
+KEYS = 128  # of a tile; blocks have to be smaller
+
+
+@gluon.jit
+def block_end(row, n, block_size, grid_start):
+    """Return the end of the block that holds `row`, clipped to the sequence."""
+    return min(row - (row - grid_start) % block_size + block_size, n)
+
+
+@gluon.jit
+def start_of(tile, tiles, first, end, BN):
+    """Return the first key of a tile: they follow each other backwards from `end`, but the last begins at `first`.
+
+    So it overlaps the one before it. A tile that is the only one may reach below `first`.
+    """
+    return end - BN if tiles == 1 else (first if tile == tiles - 1 else end - (tile + 1) * BN)
+
+
+@gluon.jit
+def _expect(tile, tiles, full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Announce the copy of key tile `tile` of this CTA's `tiles`, if there is such a tile."""
+    mbarrier.expect(full.index(tile % STAGES), BN * D * 2, pred=tile < tiles)
+
+
+@gluon.jit
+def _copy(desc, at, tile, tiles, full, buffers, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Start the copy, announced before, of key tile `tile` of this CTA's `tiles` into its stage."""
+    i_b, i_kv, first, end = at
+    stage = tile % STAGES
+    coordinates = [i_b, i_kv, start_of(tile, tiles, first, end, BN), 0]
+    tma_load(desc, coordinates, full.index(stage), box(buffers.index(stage), BN, D), pred=tile < tiles)
+
+
+@gluon.jit
+def _loop(
+    q, lows, ends, count_smem, k_desc, v_desc, at, tiles, k_smem, v_smem, k_full, v_full, scale2,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Run over the key tiles, whose first STAGES copies are under way; return accumulator, softmax top and total."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    i_b, i_kv, first, end = at
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    zero = gl.zeros([64, BN], gl.float32, SCORES)
+    mbarrier.wait(k_full.index(0), 0)
+    s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    cta_barrier()
+    _expect(STAGES, tiles, k_full, BN, D, STAGES)
+    _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
+    key = end - BN + count_smem.load(COLUMNS)[None, :]
+    s = gl.where((key >= lows[:, None]) & (key < ends[:, None]), s, float("-inf"))
+    weights, top, total = first_weights(s, scale2)
+    if end - first < BN:  # keys that no row sees: 0 * NaN would be NaN
+        mbarrier.wait(v_full.index(0), 0)
+        clear_rows(v_smem.index(0), BN - (end - first))
+    p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
+    acc = gl.zeros([64, D], gl.float32, ACC)
+    for j in range(1, tiles):
+        stage = j % STAGES
+        last = (j - 1) % STAGES
+        mbarrier.wait(k_full.index(stage), j // STAGES & 1)
+        s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
+        acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        if j >= tiles - 2:
+            key = start_of(j, tiles, first, end, BN) + count_smem.load(COLUMNS)[None, :]
+            s = gl.where((key >= lows[:, None]) & (key < end - j * BN), s, float("-inf"))
+        weights, top, total, fade = next_weights(s, top, total, scale2)
+        finish_before(total)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        cta_barrier()
+        _expect(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
+        _expect(j + STAGES, tiles, k_full, BN, D, STAGES)
+        _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
+        _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
+        acc = rescale(acc, fade)
+        p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
+    mbarrier.wait(v_full.index((tiles - 1) % STAGES), (tiles - 1) // STAGES & 1)
+    acc = warpgroup_mma(p, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    return acc, top, total
+
+
+@gluon.jit(do_not_specialize=["heads", "group", "n", "block_size", "window", "grid_start"])
+def forward_small(
+    q_desc, k_desc, v_desc, out_desc, p_lse, scale2, heads, group, n, block_size, window, grid_start,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Own 64 query rows. Programs go through the tiles of one head after the other, from the last tile to the first."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    q = gl.allocate_shared_memory(q_desc.dtype, [64, D], TILES)
+    k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
+    v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
+    count_smem = counting(BN)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    fence_async_shared()
+    tiles_of_head = (n + 63) // 64
+    i_bh = gl.program_id(0) // tiles_of_head
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    row = (tiles_of_head - 1 - gl.program_id(0) % tiles_of_head) * 64
+    first = max(block_end(row, n, block_size, grid_start) - window, 0)
+    end = block_end(min(row + 63, n - 1), n, block_size, grid_start)
+    tiles = (end - first + BN - 1) // BN
+    at = (i_b, i_h // group, first, end)
+    mbarrier.expect(q_full, 64 * D * 2)
+    tma_load(q_desc, [i_b, i_h, row, 0], q_full, box(q, 64, D))
+    for i in gl.static_range(STAGES):
+        _expect(i, tiles, k_full, BN, D, STAGES)
+        _copy(k_desc, at, i, tiles, k_full, k_smem, BN, D, STAGES)
+        _expect(i, tiles, v_full, BN, D, STAGES)
+        _copy(v_desc, at, i, tiles, v_full, v_smem, BN, D, STAGES)
+    rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    ends = block_end(gl.minimum(rows, n - 1), n, block_size, grid_start)
+    mbarrier.wait(q_full, 0)
+    acc, top, total = _loop(
+        q, gl.maximum(ends - window, 0), ends, count_smem, k_desc, v_desc, at, tiles, k_smem, v_smem, k_full, v_full,
+        scale2, BN, D, STAGES,
+    )  # fmt: skip
+    total = row_total(total, top)
+    lse = (top + gl.log2(total)) * 0.6931471805599453
+    gl.store(p_lse + i_bh.to(gl.int64) * n + rows, lse, mask=rows < n)
+    share = gl.convert_layout(1.0 / total, gl.SliceLayout(1, ACC), assert_trivial=True)
+    q.store((acc * share[:, None]).to(q.dtype))
+    fence_async_shared()
+    tma_store(out_desc, [i_b, i_h, row, 0], box(q, 64, D))
+    tma.store_wait(0)
