@@ -109,10 +109,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dout, q, k, v, q_sink = _dense(dout), _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    if _on_hopper(impl, "backward", block_size, q, k, v, q_sink):
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    op = "backward" if deterministic else "backward in any order"
+    if _on_hopper(impl, op, block_size, q, k, v, q_sink):
         from .hopper.backward import backward
 
-        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         gradients = backward(
             dout, q, k, v, out, lse, q_sink=q_sink, scale=scale, deterministic=deterministic, **pattern
         )

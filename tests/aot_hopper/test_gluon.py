@@ -21,13 +21,13 @@ NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 # Bytes a thread may spill, by Triton version and kernel: what was found when they were recorded. None elsewhere.
 # "q_sink" is for calls with queries of their own for the sinks.
 SPILLS = {  # the backward's accumulators fill the registers
-    "3.6": {"fused_kernel": 16, "fused_narrow_kernel": 16},
-    "3.7": {"fused_kernel": 8, "fused_narrow_kernel": 16},
-    "3.9": {"fused_kernel": 80, "_forward": 144, "decode_persistent": 152},
-    "3.6 q_sink": {"_forward": 8, "dkv_kernel": 56, "fused_kernel": 40, "fused_narrow_kernel": 48},
-    "3.7 q_sink": {"_forward": 8, "dkv_kernel": 56, "fused_kernel": 40, "fused_narrow_kernel": 48},
+    "3.6": {"fused_kernel": 16, "fused_narrow_kernel": 8},
+    "3.7": {"fused_kernel": 8, "fused_narrow_kernel": 8},
+    "3.9": {"fused_kernel": 80, "_forward": 128, "decode_persistent": 144},
+    "3.6 q_sink": {"_forward": 8, "dkv_kernel": 40, "fused_kernel": 40, "fused_narrow_kernel": 40},
+    "3.7 q_sink": {"_forward": 8, "dkv_kernel": 40, "fused_kernel": 40, "fused_narrow_kernel": 40},
     "3.9 q_sink": {
-        "_forward": 152,
+        "_forward": 144,
         "dkv_kernel": 40,
         "fused_kernel": 80,
         "fused_narrow_kernel": 48,

@@ -155,7 +155,7 @@ def test_small_blocks_every_row_meets_its_keys_once_and_some_of_them_at_once(blo
     """The masks of the kernel: all bounds in its first tile, the lower ones and the overlap in its last two."""
     pattern = BlockWindow(block, block + more, 0, min(first_block, block))
     keys = forward_small.KEYS
-    ends = [block_end(row, n, block, pattern.grid_start) for row in range(n)]
+    ends = [min(block_end(row, block, pattern.grid_start), n) for row in range(n)]
     for row in range(0, n, 64):
         first, end = max(ends[row] - pattern.window, 0), ends[min(row + 63, n - 1)]
         tiles = -(-(end - first) // keys)

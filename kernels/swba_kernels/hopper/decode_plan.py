@@ -84,7 +84,7 @@ CONFIGS = {
         Config(1, 128, 2, resident=3, cycles=950),
     ),
     128: (
-        Config(2, 128, 2, turns=True, cycles=2290),
+        Config(2, 128, 2, cycles=2160),
         Config(1, 64, 2, resident=2, cycles=780),
     ),
 }

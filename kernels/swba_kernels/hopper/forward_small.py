@@ -25,15 +25,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .compat import box, cta_barrier, tma_load, tma_store
 from .forward_consumer import clear_rows
 from .pipeline import counting
-from .softmax import finish_before, first_weights, next_weights, rescale, row_total
+from .softmax import first_weights, next_weights, rescale, row_total
 
 KEYS = 128  # of a tile; blocks have to be smaller
 
 
 @gluon.jit
-def block_end(row, n, block_size, grid_start):
-    """Return the end of the block that holds `row`, clipped to the sequence."""
-    return min(row - (row - grid_start) % block_size + block_size, n)
+def block_end(row, block_size, grid_start):
+    """Return the end of the block that holds `row`, which may lie past the end of the sequence."""
+    return row - (row - grid_start) % block_size + block_size
 
 
 @gluon.jit
@@ -98,7 +98,6 @@ def _loop(
             key = start_of(j, tiles, first, end, BN) + count_smem.load(COLUMNS)[None, :]
             s = gl.where((key >= lows[:, None]) & (key < end - j * BN), s, float("-inf"))
         weights, top, total, fade = next_weights(s, top, total, scale2)
-        finish_before(total)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         cta_barrier()
         _expect(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
@@ -139,8 +138,8 @@ def forward_small(
     i_b = i_bh // heads
     i_h = i_bh % heads
     row = (tiles_of_head - 1 - gl.program_id(0) % tiles_of_head) * 64
-    first = max(block_end(row, n, block_size, grid_start) - window, 0)
-    end = block_end(min(row + 63, n - 1), n, block_size, grid_start)
+    first = max(min(block_end(row, block_size, grid_start), n) - window, 0)
+    end = min(block_end(row + 63, block_size, grid_start), n)
     tiles = (end - first + BN - 1) // BN
     at = (i_b, i_h // group, first, end)
     mbarrier.expect(q_full, 64 * D * 2)
@@ -151,7 +150,7 @@ def forward_small(
         _expect(i, tiles, v_full, BN, D, STAGES)
         _copy(v_desc, at, i, tiles, v_full, v_smem, BN, D, STAGES)
     rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-    ends = block_end(gl.minimum(rows, n - 1), n, block_size, grid_start)
+    ends = gl.minimum(block_end(rows, block_size, grid_start), n)
     mbarrier.wait(q_full, 0)
     acc, top, total = _loop(
         q, gl.maximum(ends - window, 0), ends, count_smem, k_desc, v_desc, at, tiles, k_smem, v_smem, k_full, v_full,
