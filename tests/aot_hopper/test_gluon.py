@@ -47,7 +47,7 @@ def rows(count: int) -> torch.Tensor:
 
 
 def train(shape: Shape, sink: int = 0) -> None:
-    from swba_kernels.hopper.backward import FAST, IN_TURN, SPLIT, backward
+    from swba_kernels.hopper.backward import FAST, IN_LONG_TURNS, IN_TURN, SPLIT, backward
     from swba_kernels.hopper.forward import forward
 
     dtype, n, kv_heads = getattr(torch, shape.dtype), shape.tokens, shape.kv_heads or shape.heads
@@ -58,7 +58,8 @@ def train(shape: Shape, sink: int = 0) -> None:
     options["q_sink"] = torch.empty_like(q) if sink else None
     out, lse = forward(q, k, v, scale=0.1, **options)
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
-    configs = [table[shape.head_dim] for table in (SPLIT, IN_TURN, FAST)]
+    tables = (SPLIT, IN_TURN, IN_LONG_TURNS, FAST)
+    configs = [table[shape.head_dim] for table in tables if shape.head_dim in table]
     for config in configs:
         *grads, of_sinks = backward(torch.empty_like(q), q, k, v, out, lse, scale=0.1, config=config, **options)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

@@ -71,21 +71,29 @@ SPLIT = {
     128: Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
 }
 FAST = {
-    64: Fused(stages=4, slope_stages=3, registers=208, together=16),
+    64: Fused(stages=4, slope_stages=3, registers=208, together=32),
     128: Fused(stages=2, slope_stages=2, registers=240, together=4),
 }
 IN_TURN = {
     64: FAST[64]._replace(turn_rows=256),
     128: FAST[128]._replace(turn_rows=64),
 }
+IN_LONG_TURNS = {64: IN_TURN[64]._replace(turn_rows=512)}
 _FEWEST_WAVES = 3  # of programs that add in turn: those of the first wave start one after the other
+_MANY_HEADS = 17  # side by side: a GPU is then at few key tiles of each, which seldom wait for each other
 
 
-def choose_config(head_dim: int, deterministic: bool, waves: float) -> Split | Fused:
-    """Return the configuration for `waves` times as many programs of the fused kernel as a GPU runs at once."""
+def choose_config(head_dim: int, deterministic: bool, waves: float, heads: int) -> Split | Fused:
+    """Return the configuration for `waves` times as many programs of the fused kernel as a GPU runs at once.
+
+    `heads` are the kv heads of the whole batch.
+    """
     if not deterministic:
         return FAST[head_dim]
-    return IN_TURN[head_dim] if waves >= _FEWEST_WAVES else SPLIT[head_dim]
+    if waves < _FEWEST_WAVES:
+        return SPLIT[head_dim]
+    config = IN_TURN[head_dim]
+    return IN_LONG_TURNS.get(head_dim, config) if config.side_by_side(heads) >= _MANY_HEADS else config
 
 
 @triton.jit(
@@ -362,8 +370,9 @@ def backward(
     n = q.shape[2]
     pattern = (n, min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
     call = _Call(q, q_sink, k, v, dout, lse2, delta, scale, pattern)
-    programs = triton.cdiv(n, 128) * q.shape[0] * k.shape[1]
-    config = config or choose_config(q.shape[3], deterministic, programs / multiprocessors(q.device))
+    heads = q.shape[0] * k.shape[1]
+    waves = triton.cdiv(n, 128) * heads / multiprocessors(q.device)
+    config = config or choose_config(q.shape[3], deterministic, waves, heads)
     if isinstance(config, Split):
         _split(call, config, grads)
     else:

@@ -118,7 +118,7 @@ CONFIGS = {
         Config(2, 128, 3, 2, 240, True, rate=430.0),
     ),
 }
-_PARTIAL = 0.72  # time of a tile in which a consumer is idle, whichever part of it is; of a full tile's
+_PARTIAL = 0.8  # time of a tile in which a consumer is idle, whichever part of it is; of a full tile's
 
 
 @lru_cache(maxsize=1024)

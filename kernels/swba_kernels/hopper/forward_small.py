@@ -69,8 +69,8 @@ def _loop(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    i_b, i_kv, first, end = at
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    _, _, first, end = at
     zero = gl.zeros([64, BN], gl.float32, SCORES)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
