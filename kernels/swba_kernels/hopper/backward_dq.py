@@ -75,9 +75,7 @@ def _produce(inputs, buffers, barriers, pattern, shape, Q_SINK: gl.constexpr):
 
 
 @gluon.jit
-def _slopes(
-    s, dp, rows, tile, pattern, scale2, count_smem, SCORES: gl.constexpr, AFTER: gl.constexpr
-):
+def _slopes(s, dp, rows, tile, pattern, scale2, count_smem, SCORES: gl.constexpr, AFTER: gl.constexpr):
     """Return dS = P (dP - delta) of one tile.
 
     s is in flight, with AFTER matmuls behind it: dp, and one that may run beside this.

@@ -54,7 +54,7 @@ def next_weights(s, top, total, scale2):
 
 @gluon.jit
 def finish_before(total):
-    """Keep the exponentials, whose sums `total` are, ahead of the wait that follows, for a matmul that runs beside them.
+    """Keep the exponentials, whose sums `total` are, ahead of the wait that follows: for a matmul that runs beside.
 
     ptxas moves such a wait up in front of them, which leaves this warpgroup's queue at the tensor cores empty all
     through the softmax. A sum is never negative, so nobody sleeps; but the question has to be answered first. (A trap
