@@ -78,6 +78,14 @@ def _on_hopper(impl: str, op: str, block_size: int, q: Tensor, *others: Tensor |
     return not obstacle
 
 
+def _kind_of_backward(impl: str, q: Tensor, k: Tensor, deterministic: bool) -> str:
+    if impl not in _HOPPER:
+        return "backward"
+    from .hopper import supports
+
+    return supports.kind_of_backward(q, k, deterministic)
+
+
 @lru_cache(1024)
 def _log_once(op: str, obstacle: str) -> None:
     _LOG.debug("%s: triton (Hopper kernels do not serve this call: %s)", op, obstacle)
@@ -110,8 +118,7 @@ def _backward(
     dout, q, k, v, q_sink = _dense(dout), _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    op = "backward" if deterministic else "backward in any order"
-    if _on_hopper(impl, op, block_size, q, k, v, q_sink):
+    if _on_hopper(impl, _kind_of_backward(impl, q, k, deterministic), block_size, q, k, v, q_sink):
         from .hopper.backward import backward
 
         gradients = backward(

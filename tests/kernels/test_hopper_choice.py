@@ -112,6 +112,7 @@ class Played:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.deterministic: list[bool] = []
+        self.waves = 1.0  # of programs of a fused backward
 
     def install(self, monkeypatch) -> None:
         for package in ("hopper", "portable"):
@@ -154,6 +155,7 @@ def played(monkeypatch) -> Played:
 
     resolve._dynamo_marked_constant = True
     monkeypatch.setattr(choice, "_resolve", resolve)
+    monkeypatch.setattr(supports, "waves_of_backward", lambda q, k: kernels.waves)
     ops._log_once.cache_clear()
     torch._dynamo.reset()
     yield kernels
@@ -246,6 +248,20 @@ def test_other_head_dims_and_small_blocks_run_portable_under_auto(played, caplog
     attend(*draw(200), pattern=BlockWindow(5, 100, 3), impl="hopper")
     attend(*draw(200), pattern=BlockWindow(5, 100))
     assert played.calls[-2:] == [("hopper", "forward")] * 2, "without sinks small blocks have a kernel of their own"
+
+
+def test_small_blocks_are_for_the_fused_backward(played) -> None:
+    """Deterministic, it is for calls of many programs; else for all."""
+    pattern = BlockWindow(5, 100)
+    for played.waves, deterministic in ((2.9, True), (3.0, True), (0.1, False)):
+        attend(*draw(200), pattern=pattern, deterministic=deterministic).sum().backward()
+        torch.use_deterministic_algorithms(True)
+        try:
+            attend(*draw(200), pattern=pattern, deterministic=deterministic).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    expected = ["triton"] * 2 + ["hopper"] * 3 + ["triton"]
+    assert [family for family, op in played.calls if op == "backward"] == expected
 
 
 def test_the_layout_of_a_gradient_is_no_obstacle(played) -> None:

@@ -24,8 +24,8 @@ from .backward_fused_narrow import fused_narrow_kernel
 from .backward_order import sum_layout
 from .backward_ranges import first_tile
 from .backward_shared import ROW_COPIES, row_box_layout
-from .launch import _Base, descriptor, multiprocessors
-from .supports import tma_strides
+from .launch import _Base, descriptor
+from .supports import FEWEST_WAVES, tma_strides, waves_of_backward
 
 COPIES = ROW_COPIES.value
 
@@ -79,7 +79,6 @@ IN_TURN = {
     128: FAST[128]._replace(turn_rows=64),
 }
 IN_LONG_TURNS = {64: IN_TURN[64]._replace(turn_rows=512)}
-_FEWEST_WAVES = 3  # of programs that add in turn: those of the first wave start one after the other
 _MANY_HEADS = 17  # side by side: a GPU is then at few key tiles of each, which seldom wait for each other
 
 
@@ -90,7 +89,7 @@ def choose_config(head_dim: int, deterministic: bool, waves: float, heads: int) 
     """
     if not deterministic:
         return FAST[head_dim]
-    if waves < _FEWEST_WAVES:
+    if waves < FEWEST_WAVES:
         return SPLIT[head_dim]
     config = IN_TURN[head_dim]
     return IN_LONG_TURNS.get(head_dim, config) if config.side_by_side(heads) >= _MANY_HEADS else config
@@ -370,9 +369,8 @@ def backward(
     n = q.shape[2]
     pattern = (n, min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
     call = _Call(q, q_sink, k, v, dout, lse2, delta, scale, pattern)
-    heads = q.shape[0] * k.shape[1]
-    waves = triton.cdiv(n, 128) * heads / multiprocessors(q.device)
-    config = config or choose_config(q.shape[3], deterministic, waves, heads)
+    if config is None:
+        config = choose_config(q.shape[3], deterministic, waves_of_backward(q, k), q.shape[0] * k.shape[1])
     if isinstance(config, Split):
         _split(call, config, grads)
     else:

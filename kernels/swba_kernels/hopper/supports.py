@@ -35,9 +35,14 @@ SMALLEST_BLOCK = {
     "forward with sinks": {64: 96, 128: 64},
     "prefill": {64: 96, 128: 64},
     "backward": {64: 64, 128: 64},
-    "backward in any order": {64: 1, 128: 64},
+    "fused backward": {64: 1, 128: 64},
     "decode": {64: 1, 128: 1},
 }
+
+
+# The fewest programs, in times as many as a GPU runs at once, that add to dq in turn: those of the first wave start one
+# after the other.
+FEWEST_WAVES = 3
 
 
 @cache
@@ -90,3 +95,15 @@ def small_block(op: str, head_dim: int, block_size: int) -> str | None:
     """Tell why "auto" leaves blocks of `block_size` tokens to the portable kernels."""
     least = SMALLEST_BLOCK[op][head_dim]
     return f"blocks of {block_size} tokens (faster from {least})" if block_size < least else None
+
+
+def waves_of_backward(q: Tensor, k: Tensor) -> float:
+    """Return how many times as many programs of the fused backward a call with q, k [B, H, N, D] has as run at once."""
+    from .launch import multiprocessors
+
+    return -(-q.shape[2] // 128) * q.shape[0] * k.shape[1] / multiprocessors(q.device)
+
+
+def kind_of_backward(q: Tensor, k: Tensor, deterministic: bool) -> str:
+    """Return the name that `SMALLEST_BLOCK` has for a backward: of one fused kernel, or of several."""
+    return "fused backward" if not deterministic or waves_of_backward(q, k) >= FEWEST_WAVES else "backward"
