@@ -25,7 +25,7 @@ from .block import (
     step_tokens,
 )
 from .config import StreamConfig, check_impl, check_sizes
-from .device import pick_device
+from .device import check_memory, pick_device
 from .errors import StreamStateError
 from .positions import LanePositions
 from .snapshot import RingSnapshot, copy_layers
@@ -51,7 +51,7 @@ class RingKVCache:
         impl: which kernels serve it; "auto" chooses, any other name runs or raises.
 
     Raises:
-        ConfigError: a size is not a positive int, or the dtype is not a floating one.
+        ConfigError: a size is no positive int, the dtype no floating one, or the device's memory smaller than the rings.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class RingKVCache:
         self.stream, self.dtype, self.impl = stream, dtype, impl
         self.window, self.sink, self.capacity = stream.window_tokens, stream.sink_tokens, stream.capacity_tokens
         shape = (layers, lanes, kv_heads, self.capacity, head_dim)
+        check_memory("cache", 2 * layers * lanes * kv_heads * self.capacity * head_dim * dtype.itemsize, device)
         with torch.inference_mode(False):
             self.k = torch.zeros(shape, dtype=dtype, device=device)
             self.v = torch.zeros(shape, dtype=dtype, device=device)

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..progress import track
 from ..video import VideoWriter, read_frames, resize_frames
 from .generator import DEFAULT_FPS, WanGenerator
-from .load import find_transformer
+from .load import check_wan
 from .options import parse_size
 from .prompts import PromptSchedule, read_prompts
 from .sampler import RenoisingSampler
@@ -81,7 +81,7 @@ def run_prompt(args: argparse.Namespace) -> int:
     if args.sink_distance == "bounded" and args.sinks in (None, 0):
         raise ConfigError("sinks: expected at least 1 with --sink-distance bounded, got 0")
     size = parse_size(args.size)
-    find_transformer(args.model)
+    check_wan(args.model)
     device = pick_device(args.device)
     base = Path(args.model) if args.base is None else args.base
     schedule = _read_schedule(args)

@@ -53,10 +53,7 @@ def load_wan(
     device = pick_device(device)
     if dtype is not None:
         check_dtype(dtype)
-    place = find_transformer(path)
-    weights = open_safetensors(place)
-    config = with_latent_size(config or describe(place, weights), latent_size)
-    model, stored = match_model(config, weights)
+    model, stored, weights = check_wan(path, latent_size, config)
     dtype = dtype or common_dtype(weights)
     names = {theirs: ours for ours, theirs in stored.items()}
     parameters: dict[str, Tensor] = {}
@@ -66,6 +63,20 @@ def load_wan(
         parameters[names[theirs]] = tensor.to(device).to(parameter_dtype(names[theirs], dtype))
     model.load_state_dict(parameters, strict=True, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def check_wan(
+    path: str | os.PathLike[str], latent_size: tuple[int, int] | None = None, config: WanConfig | None = None
+) -> tuple[WanTransformer, dict[str, str], Weights]:
+    """Check all that the headers of a checkpoint tell; raise what `load_wan` raises.
+
+    Returns:
+        The model on the meta device, the stored name of each of its parameters, and what is stored.
+    """
+    place = find_transformer(path)
+    weights = open_safetensors(place)
+    config = with_latent_size(config or describe(place, weights), latent_size)
+    return *match_model(config, weights), weights
 
 
 def find_transformer(path: str | os.PathLike[str]) -> Path:

@@ -23,7 +23,7 @@ NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 SPILLS = {  # the backward's accumulators fill the registers
     "3.6": {"fused_kernel": 16, "fused_narrow_kernel": 8},
     "3.7": {"fused_kernel": 8, "fused_narrow_kernel": 8},
-    "3.9": {"fused_kernel": 80, "_forward": 128, "decode_persistent": 144},
+    "3.9": {"fused_kernel": 80, "_forward": 144, "decode_persistent": 144},
     "3.6 q_sink": {"_forward": 8, "dkv_kernel": 40, "fused_kernel": 40, "fused_narrow_kernel": 40},
     "3.7 q_sink": {"_forward": 8, "dkv_kernel": 40, "fused_kernel": 40, "fused_narrow_kernel": 40},
     "3.9 q_sink": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,8 @@ def test_a_prompt_file_is_encoded_and_gives_what_its_embeddings_give(model, embe
         (("--size", "50x32"), "width: expected a positive multiple of 16"),
         (("--size", "big"), "size"),
         (("--window", "1"), "window_frames"),
+        (("--window", "1000000000"), "cache: expected at most"),
+        (("--size", "640000x640000"), "cache: expected at most"),
         (("--guidance", "3"), "negative"),
         (("--negative", "rain"), "negative"),
         (("--actions", "left"), "actions"),
@@ -176,6 +179,16 @@ def test_a_wan_without_a_usable_prompt_is_refused(model, tmp_path, capsys, optio
     assert main(arguments(model, tmp_path / "a.mp4", *options)) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_transformer_is_looked_at_before_a_text_is_encoded(model, tmp_path, capsys):
+    """The folder has no text encoder either, which is found out later."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    file = next((broken / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    assert main(arguments(broken, tmp_path / "a.mp4", "--prompt", "a cat")) == 2
+    assert file.name in capsys.readouterr().err
 
 
 def test_nan_stops_with_the_block_and_keeps_the_file_so_far(model, embeds, tmp_path, capsys, monkeypatch):
