@@ -51,7 +51,7 @@ class RingKVCache:
         impl: which kernels serve it; "auto" chooses, any other name runs or raises.
 
     Raises:
-        ConfigError: a size is no positive int, the dtype no floating one, or the device's memory smaller than the rings.
+        ConfigError: a size is no positive int, the dtype no floating one, or the device's memory less than the rings.
     """
 
     def __init__(
