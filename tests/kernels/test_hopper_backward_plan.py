@@ -245,7 +245,8 @@ def test_turns_are_for_calls_with_more_programs_than_start_at_once() -> None:
             for waves in (0.1, 9.0):
                 assert backward.choose_config(head_dim, False, waves, heads) is backward.FAST[head_dim]
         assert backward.choose_config(head_dim, True, 3.0, 16) is backward.IN_TURN[head_dim]
-    assert backward.choose_config(64, True, 3.0, 20) is backward.IN_LONG_TURNS[64]
+    for heads in (17, 20, 32, 33, 64):
+        assert backward.choose_config(64, True, 3.0, heads) is backward.IN_LONG_TURNS[64]
     assert backward.choose_config(128, True, 3.0, 20) is backward.IN_TURN[128]
 
 

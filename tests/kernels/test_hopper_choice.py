@@ -196,7 +196,7 @@ def test_tensors_that_tma_cannot_read_run_portable_under_auto_and_raise_by_name(
     inputs[which] = spoil(inputs[which])
     attend(*(x.requires_grad_() for x in inputs)).square().sum().backward()
     assert played.calls == [("triton", "forward"), ("triton", "backward")]
-    with pytest.raises(ValueError, match=r"got 'hopper' for forward with sinks: (a tensor whose first|strides)"):
+    with pytest.raises(ValueError, match=r"got 'hopper' for forward: (a tensor whose first|strides)"):
         attend(*inputs, impl="hopper")
 
 
@@ -274,9 +274,15 @@ def test_the_layout_of_a_gradient_is_no_obstacle(played) -> None:
 
 
 def test_a_short_call_is_a_small_block(played) -> None:
-    attend(*draw(SMALLEST[64] - 1), pattern=BlockWindow(1000, 1000, 3))
-    attend(*draw(SMALLEST[64]), pattern=BlockWindow(1000, 1000, 3))
+    for n in (SMALLEST[128] - 1, SMALLEST[128]):
+        attend(*draw(n, head_dim=128), pattern=BlockWindow(1000, 1000, 3))
     assert [family for family, _ in played.calls] == ["triton", "hopper"]
+
+
+def test_sinks_that_every_window_holds_are_none(played) -> None:
+    for n in (103, 104):
+        attend(*draw(n), pattern=BlockWindow(20, 100, 3))
+    assert [family for family, _ in played.calls] == ["hopper", "triton"]
 
 
 def test_strides_of_dimensions_of_size_one_do_not_matter() -> None:

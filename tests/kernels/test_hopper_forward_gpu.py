@@ -40,9 +40,15 @@ PATTERNS = [
     (BlockWindow(95, 190, 0, 45), 900),
     (BlockWindow(127, 127), 130),
     (BlockWindow(127, 600, 0, 1), 63),
+    (BlockWindow(128, 128, 0, 1), 300),
+    (BlockWindow(128, 300, 0, 65), 500),
+    (BlockWindow(1000, 1000, 0, 100), 127),
     (BlockWindow(17, 40, 3, 5), 333),
     (BlockWindow(100, 130, 500), 777),
 ]
+
+
+SMALL = BlockWindow(48, 200, 0, 7)
 
 
 def call(q: Tensor, k: Tensor, v: Tensor, pattern: BlockWindow, scale: float | None = None, **options):
@@ -81,8 +87,8 @@ def test_forward_equals_the_reference(pattern, n, head_dim, dtype) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_grouped_heads(head_dim, kv_heads) -> None:
-    pattern = BlockWindow(200, 500, 30, 50)
-    check(*qkv(Case(pattern, 1100, 6, kv_heads, head_dim), torch.bfloat16, "cuda"), pattern)
+    for pattern in (BlockWindow(200, 500, 30, 50), SMALL):
+        check(*qkv(Case(pattern, 1100, 6, kv_heads, head_dim), torch.bfloat16, "cuda"), pattern)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -99,19 +105,21 @@ def test_views_with_strides_of_their_own() -> None:
     padded = torch.randn(3, 2, 5, 1200, 256, device="cuda", dtype=torch.bfloat16)[:, :, 1:4, 100:1100, 64:192]
     check(*padded, pattern)
     check(*(x.contiguous() for x in padded), pattern)
+    check(*padded[..., :64], SMALL)
+    check(*packed[..., 64:].permute(2, 0, 3, 1, 4), SMALL)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-3, 3.0])
 def test_any_scale(scale, head_dim) -> None:
-    pattern = BlockWindow(200, 500)
-    check(*qkv(Case(pattern, 900, 2, 2, head_dim), torch.bfloat16, "cuda"), pattern, scale)
+    for pattern in (BlockWindow(200, 500), SMALL):
+        check(*qkv(Case(pattern, 900, 2, 2, head_dim), torch.bfloat16, "cuda"), pattern, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_adversarial_scores(head_dim, dtype) -> None:
-    pattern = BlockWindow(256, 1024, 40)
+@pytest.mark.parametrize("pattern", [BlockWindow(256, 1024, 40), BlockWindow(48, 1024)], ids=str)
+def test_adversarial_scores(pattern, head_dim, dtype) -> None:
     q, k, v = qkv(Case(pattern, 2048, 2, 2, head_dim), dtype, "cuda")
     check(q * 10, k * 10, v, pattern)
     check(q, torch.ones_like(k), v, pattern)

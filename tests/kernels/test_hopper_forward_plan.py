@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from swba_kernels import BlockWindow
@@ -17,7 +17,8 @@ from swba_kernels.hopper.forward_plan import Plan, plan_forward
 place_of, rows_of = forward_plan.place_of.fn, forward_plan.rows_of.fn
 rounds_of, item_of = forward_plan.rounds_of.fn, forward_plan.item_of.fn
 own_keys, ring_keys = forward_plan.own_keys.fn, forward_plan.ring_keys.fn
-block_end, start_of = forward_small.block_end.fn, forward_small.start_of.fn
+block_end, start_of, stop_of = (getattr(forward_small, name).fn for name in ("block_end", "start_of", "stop_of"))
+is_low_edge, unseen_of = forward_small.is_low_edge.fn, forward_small.unseen_of.fn
 
 
 @st.composite
@@ -150,27 +151,43 @@ def test_tiles_of_a_segment_show_every_key_once(start, length, columns) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, forward_small.KEYS - 1), st.integers(0, 300), st.integers(0, 126), st.integers(1, 500))
+@given(st.integers(1, forward_small.KEYS + 20), st.integers(0, 300), st.integers(0, 126), st.integers(1, 500))
+@example(128, 0, 1, 300)
+@example(128, 172, 65, 500)
+@example(1000, 0, 100, 127)
+@example(1, 499, 0, 600)
 def test_small_blocks_every_row_meets_its_keys_once_and_some_of_them_at_once(block, more, first_block, n) -> None:
     """The masks of the kernel: all bounds in its first tile, the lower ones and the overlap in its last two."""
     pattern = BlockWindow(block, block + more, 0, min(first_block, block))
     keys = forward_small.KEYS
+    if not forward_small.serves(64, block, n, 0):
+        return
     ends = [min(block_end(row, block, pattern.grid_start), n) for row in range(n)]
+    lows = [max(end - pattern.window, 0) for end in ends]
     for row in range(0, n, 64):
-        first, end = max(ends[row] - pattern.window, 0), ends[min(row + 63, n - 1)]
+        rows = range(row, min(row + 64, n))
+        first, end = lows[row], min(block_end(row + 63, block, pattern.grid_start), n)
+        assert (first, end) == (min(lows[r] for r in rows), max(ends[r] for r in rows))
         tiles = -(-(end - first) // keys)
         starts = [start_of(tile, tiles, first, end, keys) for tile in range(tiles)]
-        assert tiles == 1 or min(starts) >= 0
-        for r in range(row, min(row + 64, n)):
-            low = max(ends[r] - pattern.window, 0)
-            met = []
-            for tile, start in enumerate(starts):
-                tile_keys = range(start, start + keys)
-                if tile == 0:
-                    met += [key for key in tile_keys if low <= key < ends[r]]
-                    assert met, "an online softmax needs a score in its first tile"
-                elif tile >= tiles - 2:
-                    met += [key for key in tile_keys if low <= key < end - tile * keys]
-                else:
-                    met += tile_keys
+        assert starts[0] + max(unseen_of(first, end, keys), 0) >= 0
+        assert tiles == 1 or min(starts) == first
+        for r in rows:
+            met = [key for key in range(starts[0], starts[0] + keys) if lows[r] <= key < ends[r]]
+            assert met, "an online softmax needs a score in its first tile"
+            for tile in range(1, tiles):
+                tile_keys = range(starts[tile], starts[tile] + keys)
+                low, stop = (lows[r], stop_of(tile, end, keys)) if is_low_edge(tile, tiles) else (0, n)
+                met += [key for key in tile_keys if low <= key < stop]
             assert sorted(met) == [key for key in range(n) if pattern.visible(r, key, n)]
+        if tiles == 1:
+            cleared = range(starts[0], starts[0] + max(unseen_of(first, end, keys), 0))
+            assert list(cleared) == [key for key in range(end - keys, end) if key < first]
+
+
+def test_the_kernel_for_small_blocks_is_for_what_its_masks_allow() -> None:
+    assert forward_small.serves(64, 127, 4000, 0)
+    assert forward_small.serves(64, 4000, 127, 0)
+    assert not forward_small.serves(64, 128, 128, 0)
+    assert not forward_small.serves(64, 48, 4000, 1)
+    assert not forward_small.serves(128, 48, 4000, 0)

@@ -22,7 +22,7 @@ from .forward_consumer import Outputs, consume
 from .forward_plan import plan_forward
 from .forward_producer import Inputs, produce
 from .forward_shared import Bars, Buffers, Call
-from .forward_small import KEYS, forward_small
+from .forward_small import KEYS, forward_small, serves
 from .launch import descriptor, multiprocessors
 
 
@@ -174,7 +174,7 @@ def forward(
         window, sink = n, 0
     elif ring is None:
         window, sink = min(window, n), min(sink, n)
-    if config is None and head_dim == 64 and block_size < KEYS and ring is None and q_sink is None and sink == 0:
+    if config is None and ring is None and q_sink is None and serves(head_dim, block_size, n, sink):
         forward_small[(-(-n // 64) * batch * heads,)](
             descriptor(q, 64), descriptor(k, KEYS), descriptor(v, KEYS), descriptor(out, 64), lse,
             max(scale * LOG2E, 1e-30), heads, heads // k.shape[1], n, block_size, window, grid_start,

@@ -27,7 +27,12 @@ from .forward_consumer import clear_rows
 from .pipeline import counting
 from .softmax import first_weights, next_weights, rescale, row_total
 
-KEYS = 128  # of a tile; blocks have to be smaller
+KEYS = 128  # of a tile; blocks, or else the whole sequence, have to be smaller
+
+
+def serves(head_dim: int, block_size: int, n: int, sink: int) -> bool:
+    """Tell whether this kernel is the one for a call of `n` tokens without a ring."""
+    return head_dim == 64 and min(block_size, n) < KEYS and sink == 0
 
 
 @gluon.jit
@@ -43,6 +48,24 @@ def start_of(tile, tiles, first, end, BN):
     So it overlaps the one before it. A tile that is the only one may reach below `first`.
     """
     return end - BN if tiles == 1 else (first if tile == tiles - 1 else end - (tile + 1) * BN)
+
+
+@gluon.jit
+def is_low_edge(tile, tiles):
+    """Tell whether a tile reaches below the range of the last row, so that not all rows see all of it."""
+    return tile >= tiles - 2
+
+
+@gluon.jit
+def stop_of(tile, end, BN):
+    """Return the end of the keys that a tile is the first to hold."""
+    return end - tile * BN
+
+
+@gluon.jit
+def unseen_of(first, end, BN):
+    """Return how many keys of the only tile lie below `first`; if there are more tiles, a number below 1."""
+    return BN - (end - first)
 
 
 @gluon.jit
@@ -81,9 +104,9 @@ def _loop(
     key = end - BN + count_smem.load(COLUMNS)[None, :]
     s = gl.where((key >= lows[:, None]) & (key < ends[:, None]), s, float("-inf"))
     weights, top, total = first_weights(s, scale2)
-    if end - first < BN:  # keys that no row sees: 0 * NaN would be NaN
+    if unseen_of(first, end, BN) > 0:  # 0 * NaN would be NaN
         mbarrier.wait(v_full.index(0), 0)
-        clear_rows(v_smem.index(0), BN - (end - first))
+        clear_rows(v_smem.index(0), unseen_of(first, end, BN))
     p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     acc = gl.zeros([64, D], gl.float32, ACC)
     for j in range(1, tiles):
@@ -94,9 +117,9 @@ def _loop(
         mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
         acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
-        if j >= tiles - 2:
+        if is_low_edge(j, tiles):
             key = start_of(j, tiles, first, end, BN) + count_smem.load(COLUMNS)[None, :]
-            s = gl.where((key >= lows[:, None]) & (key < end - j * BN), s, float("-inf"))
+            s = gl.where((key >= lows[:, None]) & (key < stop_of(j, end, BN)), s, float("-inf"))
         weights, top, total, fade = next_weights(s, top, total, scale2)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         cta_barrier()
