@@ -25,22 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .compat import allow_dependents, await_prerequisites, box, cta_barrier, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import counting
+from .small import copy_tile, expect_tile, small_buffers
 from .softmax import first_weights, hide_first, next_weights, rescale, row_total
-
-
-@gluon.jit
-def _expect(tile, tiles, full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Announce the copy of key tile `tile` of this CTA's `tiles`, if there is such a tile."""
-    mbarrier.expect(full.index(tile % STAGES), BN * D * 2, pred=tile < tiles)
 
 
 @gluon.jit
 def _copy(desc, at, tile, tiles, full, buffers, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Start the copy, announced before, of key tile `tile` of this CTA's `tiles` into its stage."""
     lane, i_kv, slot, sinks, slot_after = at
-    stage = tile % STAGES
     coordinates = [lane, i_kv, gl.where(tile < sinks, slot, slot_after) + tile * BN, 0]
-    tma_load(desc, coordinates, full.index(stage), box(buffers.index(stage), BN, D), pred=tile < tiles)
+    copy_tile(desc, coordinates, tile, tiles, full, buffers, BN, D, STAGES)
 
 
 @gluon.jit
@@ -72,7 +66,7 @@ def _loop(
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     cta_barrier()
-    _expect(STAGES, tiles, k_full, BN, D, STAGES)
+    expect_tile(STAGES, tiles, k_full, BN, D, STAGES)
     _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
     if Q_SINK:
         _replace_queries(queries, (sinks == 1) & (tiles > 1))
@@ -99,8 +93,8 @@ def _loop(
         mbarrier.wait(k_full.index((j + 1) % STAGES), (j + 1) // STAGES & 1, pred=j + 1 < tiles)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         cta_barrier()
-        _expect(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
-        _expect(j + STAGES, tiles, k_full, BN, D, STAGES)
+        expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
+        expect_tile(j + STAGES, tiles, k_full, BN, D, STAGES)
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         if Q_SINK:
@@ -133,22 +127,11 @@ def decode_small(
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    q = gl.allocate_shared_memory(q_desc.dtype, [64, D], TILES)
-    k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
-    v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
     if Q_SINK:
         count_smem = counting(BN)
     else:
         count_smem = None
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-    fence_async_shared()
+    q, k_smem, v_smem, q_full, k_full, v_full = small_buffers(q_desc, BN, D, STAGES)
     # What can be is done before the wait. A barrier whose copy is not made after all is never waited for.
     mbarrier.expect(q_full, 64 * D * 2)
     for i in gl.static_range(STAGES):

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .compat import box, cta_barrier, tma_load, tma_store
 from .forward_consumer import clear_rows
 from .pipeline import counting
+from .small import copy_tile, expect_tile, small_buffers
 from .softmax import first_weights, next_weights, rescale, row_total
 
 KEYS = 128  # of a tile; blocks, or else the whole sequence, have to be smaller
@@ -69,18 +70,11 @@ def unseen_of(first, end, BN):
 
 
 @gluon.jit
-def _expect(tile, tiles, full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Announce the copy of key tile `tile` of this CTA's `tiles`, if there is such a tile."""
-    mbarrier.expect(full.index(tile % STAGES), BN * D * 2, pred=tile < tiles)
-
-
-@gluon.jit
 def _copy(desc, at, tile, tiles, full, buffers, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Start the copy, announced before, of key tile `tile` of this CTA's `tiles` into its stage."""
     i_b, i_kv, first, end = at
-    stage = tile % STAGES
     coordinates = [i_b, i_kv, start_of(tile, tiles, first, end, BN), 0]
-    tma_load(desc, coordinates, full.index(stage), box(buffers.index(stage), BN, D), pred=tile < tiles)
+    copy_tile(desc, coordinates, tile, tiles, full, buffers, BN, D, STAGES)
 
 
 @gluon.jit
@@ -99,7 +93,7 @@ def _loop(
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     cta_barrier()
-    _expect(STAGES, tiles, k_full, BN, D, STAGES)
+    expect_tile(STAGES, tiles, k_full, BN, D, STAGES)
     _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
     key = end - BN + count_smem.load(COLUMNS)[None, :]
     s = gl.where((key >= lows[:, None]) & (key < ends[:, None]), s, float("-inf"))
@@ -123,8 +117,8 @@ def _loop(
         weights, top, total, fade = next_weights(s, top, total, scale2)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         cta_barrier()
-        _expect(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
-        _expect(j + STAGES, tiles, k_full, BN, D, STAGES)
+        expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
+        expect_tile(j + STAGES, tiles, k_full, BN, D, STAGES)
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         acc = rescale(acc, fade)
@@ -143,19 +137,8 @@ def forward_small(
     """Own 64 query rows. Programs go through the tiles of one head after the other, from the last tile to the first."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    TILES: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    q = gl.allocate_shared_memory(q_desc.dtype, [64, D], TILES)
-    k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
-    v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BN, D], TILES)
     count_smem = counting(BN)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-    fence_async_shared()
+    q, k_smem, v_smem, q_full, k_full, v_full = small_buffers(q_desc, BN, D, STAGES)
     tiles_of_head = (n + 63) // 64
     i_bh = gl.program_id(0) // tiles_of_head
     i_b = i_bh // heads
@@ -168,9 +151,9 @@ def forward_small(
     mbarrier.expect(q_full, 64 * D * 2)
     tma_load(q_desc, [i_b, i_h, row, 0], q_full, box(q, 64, D))
     for i in gl.static_range(STAGES):
-        _expect(i, tiles, k_full, BN, D, STAGES)
+        expect_tile(i, tiles, k_full, BN, D, STAGES)
         _copy(k_desc, at, i, tiles, k_full, k_smem, BN, D, STAGES)
-        _expect(i, tiles, v_full, BN, D, STAGES)
+        expect_tile(i, tiles, v_full, BN, D, STAGES)
         _copy(v_desc, at, i, tiles, v_full, v_smem, BN, D, STAGES)
     rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     ends = gl.minimum(block_end(rows, block_size, grid_start), n)
