@@ -98,8 +98,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, q_sink = _dense(q), _dense(k), _dense(v), _dense_or_none(q_sink)
     pattern = _pattern(block_size, window, sink, grid_start)
-    apart = sink > 0 and (q_sink is not None or window + sink < q.shape[2])  # else the window holds them, too
-    if _on_hopper(impl, "forward with sinks" if apart else "forward", block_size, q, k, v, q_sink):
+    from .hopper import supports
+
+    kind = supports.kind_of_forward(q.shape[2], window, sink, q_sink)
+    if _on_hopper(impl, kind, block_size, q, k, v, q_sink):
         from .hopper.forward import forward
 
         return forward(q, k, v, q_sink=q_sink, scale=scale, **pattern)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .compat import allow_dependents, await_prerequisites, box, cta_barrier, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import counting
-from .small import copy_tile, expect_tile, small_buffers
+from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
 from .softmax import first_weights, hide_first, next_weights, rescale, row_total
 
 
@@ -62,10 +62,7 @@ def _loop(
     q, q_full, _, _ = queries
     sinks = at[3]
     zero = gl.zeros([64, BN], gl.float32, SCORES)
-    mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    cta_barrier()
+    s = first_scores(q, k_smem, k_full, zero)
     expect_tile(STAGES, tiles, k_full, BN, D, STAGES)
     _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
     if Q_SINK:
@@ -103,10 +100,7 @@ def _loop(
         p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     # Not earlier: CTAs of the merge would crowd the first multiprocessors that this kernel leaves.
     allow_dependents()
-    mbarrier.wait(v_full.index((tiles - 1) % STAGES), (tiles - 1) // STAGES & 1)
-    acc = warpgroup_mma(p, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    return acc, top, total
+    return last_values(acc, p, v_smem, v_full, tiles, STAGES), top, total
 
 
 @gluon.jit(

@@ -24,6 +24,7 @@ from .forward_producer import Inputs, produce
 from .forward_shared import Bars, Buffers, Call
 from .forward_small import KEYS, forward_small, serves
 from .launch import descriptor, multiprocessors
+from .supports import sees_all
 
 
 @gluon.jit(
@@ -170,7 +171,7 @@ def forward(
     lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    if ring is None and q_sink is None and window + sink >= n:
+    if ring is None and sees_all(n, window, sink, q_sink):
         window, sink = n, 0
     elif ring is None:
         window, sink = min(window, n), min(sink, n)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .compat import box, cta_barrier, tma_load, tma_store
 from .forward_consumer import clear_rows
 from .pipeline import counting
-from .small import copy_tile, expect_tile, small_buffers
+from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
 from .softmax import first_weights, next_weights, rescale, row_total
 
 KEYS = 128  # of a tile; blocks, or else the whole sequence, have to be smaller
@@ -89,10 +89,7 @@ def _loop(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     _, _, first, end = at
     zero = gl.zeros([64, BN], gl.float32, SCORES)
-    mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    cta_barrier()
+    s = first_scores(q, k_smem, k_full, zero)
     expect_tile(STAGES, tiles, k_full, BN, D, STAGES)
     _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
     key = end - BN + count_smem.load(COLUMNS)[None, :]
@@ -123,10 +120,7 @@ def _loop(
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         acc = rescale(acc, fade)
         p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
-    mbarrier.wait(v_full.index((tiles - 1) % STAGES), (tiles - 1) // STAGES & 1)
-    acc = warpgroup_mma(p, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    return acc, top, total
+    return last_values(acc, p, v_smem, v_full, tiles, STAGES), top, total
 
 
 @gluon.jit(do_not_specialize=["heads", "group", "n", "block_size", "window", "grid_start"])

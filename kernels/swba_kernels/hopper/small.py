@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from .compat import box, tma_load
+from .compat import box, cta_barrier, tma_load
 
 
 @gluon.jit
@@ -41,3 +46,22 @@ def copy_tile(desc, coordinates, tile, tiles, full, buffers, BN: gl.constexpr, D
     """Start the copy, announced before, of key tile `tile` of this CTA's `tiles` into its stage."""
     stage = tile % STAGES
     tma_load(desc, coordinates, full.index(stage), box(buffers.index(stage), BN, D), pred=tile < tiles)
+
+
+@gluon.jit
+def first_scores(q, k_smem, k_full, zero):
+    """Return the scores of the first key tile, which every warp has then read."""
+    mbarrier.wait(k_full.index(0), 0)
+    s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    cta_barrier()
+    return s
+
+
+@gluon.jit
+def last_values(acc, p, v_smem, v_full, tiles, STAGES: gl.constexpr):
+    """Return the accumulator with the values of the last of `tiles`, whose weights are p."""
+    stage = (tiles - 1) % STAGES
+    mbarrier.wait(v_full.index(stage), (tiles - 1) // STAGES & 1)
+    acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
+    return warpgroup_mma_wait(0, deps=(acc,))

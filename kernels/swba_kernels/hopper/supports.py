@@ -97,6 +97,16 @@ def small_block(op: str, head_dim: int, block_size: int) -> str | None:
     return f"blocks of {block_size} tokens (faster from {least})" if block_size < least else None
 
 
+def sees_all(n: int, window: int, sink: int, q_sink: Tensor | None) -> bool:
+    """Tell whether each of `n` tokens sees all up to the end of its block, and none of them by another query."""
+    return q_sink is None and window + sink >= n
+
+
+def kind_of_forward(n: int, window: int, sink: int, q_sink: Tensor | None) -> str:
+    """Return the name that `SMALLEST_BLOCK` has for a forward: without sinks, or with some that count as such."""
+    return "forward" if sink == 0 or sees_all(n, window, sink, q_sink) else "forward with sinks"
+
+
 def waves_of_backward(q: Tensor, k: Tensor) -> float:
     """Return how many times as many programs of the fused backward a call with q, k [B, H, N, D] has as run at once."""
     from .launch import multiprocessors
