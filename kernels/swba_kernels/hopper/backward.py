@@ -24,7 +24,7 @@ from .backward_fused_narrow import fused_narrow_kernel
 from .backward_order import sum_layout
 from .backward_ranges import first_tile
 from .backward_shared import ROW_COPIES, row_box_layout
-from .launch import _Base, descriptor
+from .launch import _Base, descriptor, multiprocessors
 from .supports import FEWEST_WAVES, tma_strides, waves_of_backward
 
 COPIES = ROW_COPIES.value
@@ -51,7 +51,8 @@ class Fused(NamedTuple):
 
     Pipeline stages of the queries and (at head dim 64) of dS on its way to the warpgroup that makes dQ of it, registers
     of a consumer's thread, how many kv heads run side by side at most, and for how many queries a program takes its
-    turn to add (by key, so that the sums have the same bits every time; 0: it adds at once).
+    turn to add (by key, so that the sums have the same bits every time; 0: it adds at once). At head dim 64 whether a
+    program goes on with another tile of keys when it is through with one.
     """
 
     stages: int
@@ -59,6 +60,7 @@ class Fused(NamedTuple):
     registers: int
     together: int
     turn_rows: int = 0
+    persistent: bool = True
 
     def side_by_side(self, heads: int) -> int:
         """Return how many of all `heads` run side by side: groups of equal size, or nearly so."""
@@ -78,7 +80,7 @@ IN_TURN = {
     64: FAST[64]._replace(turn_rows=256),
     128: FAST[128]._replace(turn_rows=64),
 }
-IN_LONG_TURNS = {64: IN_TURN[64]._replace(turn_rows=512)}
+IN_LONG_TURNS = {64: IN_TURN[64]._replace(turn_rows=512, persistent=False)}
 _MANY_HEADS = 17  # side by side: a GPU is then at few key tiles of each, which seldom wait for each other
 
 
@@ -300,7 +302,7 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         )  # fmt: skip
     else:
         sums = torch.zeros(size, dtype=torch.float32, device=q.device)
-        counters = torch.empty(4, dtype=torch.int32, device=q.device)
+        counters = torch.zeros(4, dtype=torch.int32, device=q.device)
     arguments = (
         descriptor(q, rows), _maybe(q if apart and q_sink is None else q_sink, rows), descriptor(dout, rows),
         descriptor(k, keys), descriptor(v, 64),
@@ -315,7 +317,10 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         fused_kernel[(work,)](*arguments, **constants)
     else:
         rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
-        fused_narrow_kernel[(work,)](*arguments, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants)
+        programs = min(work, multiprocessors(q.device)) if config.persistent else work
+        fused_narrow_kernel[(programs,)](
+            *arguments, work, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants
+        )
     parts = sums.chunk(1 + apart)
     casts = [(parts[0], None, grads.q)]
     if q_sink is not None:

@@ -1,7 +1,8 @@
 """Forward attention over the block window on Hopper, for training and for prefill on top of a ring's history.
 
-A CTA is one producer (forward_producer.py) and two to four consumers (forward_consumer.py). CTAs are persistent, and
-walk the work items of forward_plan.py. Small blocks at head dim 64 have a kernel of their own (forward_small.py).
+A CTA is one producer (forward_producer.py) and two to four consumers (forward_consumer.py). CTAs are persistent: the
+producer takes one work item of forward_plan.py after the other, and tells its consumers by a note. Small blocks at head
+dim 64 have a kernel of their own (forward_small.py).
 
 B batch, H query heads, Hkv key/value heads, N tokens, D head dim, L ring lanes, S ring slots.
 """
@@ -9,6 +10,7 @@ B batch, H query heads, Hkv key/value heads, N tokens, D head dim, L ring lanes,
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -24,23 +26,24 @@ from .forward_producer import Inputs, produce
 from .forward_shared import Bars, Buffers, Call
 from .forward_small import KEYS, forward_small, serves
 from .launch import descriptor, multiprocessors
+from .notes import notes_of
 from .supports import sees_all
 
 
 @gluon.jit(
     do_not_specialize=[
         "s_ob", "s_oh", "s_on", "scale2", "heads", "group", "n", "block_size", "window", "sink", "grid_start",
-        "ring_window", "heavy_items", "group_items", "last", "per_block", "lacking", "heavy", "light", "full", "rest",
+        "ring_window", "heavy_items", "group_items", "last", "per_block", "lacking", "heavy", "light", "items",
     ],
     do_not_specialize_on_alignment=["p_position", "p_lanes"],
 )  # fmt: skip
 def _forward(
     q_desc, q_sink_desc, k_desc, v_desc, out_desc, ring_k_desc, ring_v_desc, p_out, p_lse, p_position, p_lanes,
     s_ob, s_oh, s_on, scale2, heads, group, n, block_size, window, sink, grid_start, ring_window,
-    heavy_items, group_items, last, per_block, lacking, heavy, light, full, rest,
+    heavy_items, group_items, last, per_block, lacking, heavy, light, items, p_ticket,
     GROUPS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, TURNS: gl.constexpr, SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr,
-    Q_SINK: gl.constexpr,
+    Q_SINK: gl.constexpr, STRADDLE: gl.constexpr,
 ):  # fmt: skip
     """Set up shared memory and barriers, then split into one producer and GROUPS consumers."""
     ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -49,6 +52,7 @@ def _forward(
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, COLUMNS, D], ROWS)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, COLUMNS, D], ROWS)
     out_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 64, D], ROWS)
+    notes = notes_of(Q_STAGES)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -66,34 +70,34 @@ def _forward(
     fence_async_shared()
     inputs = Inputs(q_desc, q_sink_desc, k_desc, v_desc, ring_k_desc, ring_v_desc)
     outputs = Outputs(out_desc, p_out, s_ob, s_oh, s_on, p_lse)
-    buffers = Buffers(q_smem, k_smem, v_smem, out_smem)
+    buffers = Buffers(q_smem, k_smem, v_smem, out_smem, notes)
     bars = Bars(q_full, q_empty, k_full, k_empty, v_full, v_empty)
     call = Call(
         heads, group, n, block_size, window, sink, grid_start, ring_window, p_position, p_lanes,
-        heavy_items, group_items, last, per_block, lacking, heavy, light, full, rest,
+        heavy_items, group_items, last, per_block, lacking, heavy, light, items, p_ticket,
     )  # fmt: skip
     SEGMENTS: gl.constexpr = (5 if Q_SINK else 4) if RING else (2 if SINKS else 1)
     # Constants cannot sit in a tuple bound to a name, so the argument lists are spelled out.
     if GROUPS == 2:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 1)),
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     elif GROUPS == 3:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 1)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 2)),
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 2)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 1)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 2)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, TURNS, 3)),
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 2)),
+            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 3)),
         ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
 
 
@@ -120,19 +124,30 @@ CONFIGS = {
     ),
 }
 _PARTIAL = 0.8  # time of a tile in which a consumer is idle, whichever part of it is; of a full tile's
+_STRADDLING = 0.9  # rate of tiles that straddle blocks: some of their keys need masks, and some no consumer's rows see
+SMALLEST_STRADDLED = 64  # tokens of a block, so that a consumer's rows lie in two blocks at most
 
 
 @lru_cache(maxsize=1024)
-def choose_config(head_dim: int, block_size: int, ring: bool) -> Config:
-    """Return the configuration for a head dim and the tokens of a block: the one that takes least for a block."""
+def choose_config(head_dim: int, block_size: int, window: int, ring: bool, straddle: bool) -> tuple[Config, bool]:
+    """Return the configuration that takes least time for a block, and whether its tiles straddle blocks.
 
-    def time(config: Config) -> float:
+    `window` is how many keys a row sees; `straddle` tells whether tiles may.
+    """
+
+    def time(choice: tuple[Config, bool]) -> float:
+        config, straddling = choice
         rows = config.groups * 64
+        if straddling:  # such a tile meets the keys of all its rows: on average so many more than one row sees
+            return block_size / (config.rate * _STRADDLING) * (1 + (rows - gcd(block_size, rows)) / window)
         full, rest = divmod(block_size, rows)
         return (full + (1.0 if rest > rows - 64 else _PARTIAL if rest else 0.0)) * rows / config.rate
 
-    # On top of a ring, four consumers would be short of registers.
-    return min((x for x in CONFIGS[head_dim] if not (ring and x.groups == 4)), key=time)
+    # On top of a ring, four consumers would be short of registers. Three lose more than others by masks.
+    choices = [(x, False) for x in CONFIGS[head_dim] if not (ring and x.groups == 4)]
+    if straddle and block_size >= SMALLEST_STRADDLED:
+        choices += [(x, True) for x in CONFIGS[head_dim] if x.groups != 3]
+    return min(choices, key=time)
 
 
 def forward(
@@ -147,7 +162,7 @@ def forward(
     grid_start: int,
     q_sink: Tensor | None = None,
     ring: Ring | None = None,
-    config: Config | None = None,
+    config: tuple[Config, bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from each token to its block window, and to the history in `ring` if there is one.
 
@@ -159,7 +174,7 @@ def forward(
         grid_start: start of the block grid relative to the call's first token, at most 0.
         q_sink: the queries that read sinks, wherever they lie, in place of q; with the shape of q.
         ring: history of each row.
-        config: replaces the table's choice, and the kernel for small blocks.
+        config: replaces the choice of `choose_config`, and the kernel for small blocks.
 
     Returns:
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
@@ -182,22 +197,27 @@ def forward(
             BN=KEYS, D=head_dim, STAGES=2, num_warps=4, maxnreg=168,
         )  # fmt: skip
         return out, lse
-    config = config or choose_config(head_dim, min(block_size, n), ring is not None)
+    may_straddle = ring is None and q_sink is None and n > block_size
+    config, straddle = config or choose_config(
+        head_dim, min(block_size, n), min(window + sink, n), ring is not None, may_straddle
+    )
     weighed = (window, sink) if ring is None else (0, 0)
-    plan = plan_forward(n, block_size, *weighed, grid_start, config.groups * 64)
+    plan = plan_forward(n, block_size, *weighed, grid_start, config.groups * 64, straddle)
     rows = config.columns
     rings = (None, None) if ring is None else (descriptor(ring.k, rows), descriptor(ring.v, rows))
     position, lanes, ring_window = (None, None, 1) if ring is None else (*ring[2:], ring.k.shape[2] - sink)
     items = batch * heads * plan.tiles
     ctas = min(multiprocessors(q.device), items)
+    ticket = (torch.zeros if items > ctas else torch.empty)(1, dtype=torch.int32, device=q.device)
     _forward[(ctas,)](
         descriptor(q, 64), None if q_sink is None else descriptor(q_sink, 64),
         descriptor(k, rows), descriptor(v, rows), descriptor(out, 64), *rings,
         out, lse, position, lanes, *out.stride()[:3], max(scale * LOG2E, 1e-30),
         heads, heads // k.shape[1], n, block_size, window, sink, grid_start, ring_window,
-        batch * heads * plan.heavy, batch * heads * plan.per_block, *plan, items // ctas, items % ctas,
+        batch * heads * plan.heavy, batch * heads * plan.per_block, *plan, items, ticket,
         GROUPS=config.groups, COLUMNS=config.columns, D=head_dim, STAGES=config.stages, Q_STAGES=config.q_stages,
         REGISTERS=config.registers, TURNS=config.turns,
-        SINKS=sink > 0, RING=ring is not None, LANES=lanes is not None, Q_SINK=q_sink is not None, num_warps=4,
+        SINKS=sink > 0, RING=ring is not None, LANES=lanes is not None, Q_SINK=q_sink is not None,
+        STRADDLE=straddle, num_warps=4,
     )  # fmt: skip
     return out, lse

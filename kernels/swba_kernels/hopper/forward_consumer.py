@@ -15,9 +15,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .compat import box, cta_barrier, named_arrive, named_sync, tma_store
-from .forward_shared import item, keys_of, rounds
+from .forward_plan import walk_of
+from .forward_shared import keys_of_tile, told_item
+from .notes import told
 from .pipeline import next_stage
 from .softmax import finish_before, first_weights, next_weights, rescale, row_total
+
+# What of a tile's scores a consumer hides: nothing, the first columns, or what not all of its rows see, but for sinks.
+NOTHING = gl.constexpr(0)
+FIRST = gl.constexpr(1)
+UNSEEN = gl.constexpr(2)
+UNSEEN_BUT_SINKS = gl.constexpr(3)
 
 TURN = gl.constexpr(12)  # hardware barriers TURN + i: consumer i may start its matmuls
 
@@ -31,19 +39,6 @@ class Outputs(NamedTuple):
     s_oh: Any
     s_on: Any
     p_lse: Any
-
-
-class Lengths(NamedTuple):
-    """Keys in each segment of an item, in the order of the tiles: the own window, own sinks, two parts of a ring.
-
-    With Q_SINK own sinks come behind the ring's parts, and a ring's sinks, `kept`, last.
-    """
-
-    own: Any
-    sinks: Any
-    ring: Any
-    low: Any
-    kept: Any
 
 
 @gluon.jit
@@ -77,7 +72,7 @@ def clear_rows(v, rows):
 
 
 @gluon.jit
-def _hide(s, length, v, v_full, phase):
+def _hide_first(s, length, v, v_full, phase):
     """Mask the first columns of a segment's ragged tile, and clear the values there if no other tile holds them."""
     COLUMNS: gl.constexpr = s.shape[1]
     hidden = (length + COLUMNS - 1) // COLUMNS * COLUMNS - length
@@ -89,6 +84,24 @@ def _hide(s, length, v, v_full, phase):
 
 
 @gluon.jit
+def _hide_unseen(s, key, row, limits, sink, HIDE: gl.constexpr):
+    """Mask what rows from `row` on do not see of a tile that starts at `key`, if there is any.
+
+    `limits` are those of `keys_of_rows`: rows before the first end belong to the first block.
+    """
+    first, first_end, last_first, end = limits
+    if (key < last_first) | (key + s.shape[1] > first_end):
+        keys = key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))[None, :]
+        early = row + gl.arange(0, 64, layout=gl.SliceLayout(1, s.type.layout)) < first_end
+        seen = keys >= gl.where(early, first, last_first)[:, None]
+        if HIDE == UNSEEN_BUT_SINKS:
+            seen |= keys < sink
+        seen &= keys < gl.where(early, first_end, end)[:, None]
+        s = gl.where(seen, s, float("-inf"))
+    return s
+
+
+@gluon.jit
 def _issue_scores(q, k):
     """Start S = Q K^T for 64 rows and one key tile."""
     COLUMNS: gl.constexpr = k.shape[0]
@@ -97,22 +110,27 @@ def _issue_scores(q, k):
 
 
 @gluon.jit
-def _first_tile(q, length, scale2, buffers, bars, stage, phase, TURNS: gl.constexpr, GROUP: gl.constexpr):
-    """Return (weights, top, total) of an item's first tile, a ragged one."""
+def _first_tile(
+    q, length, unseen, scale2, buffers, bars, stage, phase,
+    HIDE: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Return (weights, top, total) of an item's first tile; a segment of `length` keys begins with a ragged one."""
     mbarrier.wait(bars.k_full.index(stage), phase)
     _await_turn(TURNS, GROUP)
     s = _issue_scores(q, buffers.k.index(stage))
     _pass_turn(buffers.out.shape[0], TURNS, GROUP)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(bars.k_empty.index(stage), count=1)
-    s = _hide(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
+    s = _hide_first(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
+    if HIDE >= UNSEEN:
+        s = _hide_unseen(s, *unseen, HIDE)
     return first_weights(s, scale2)
 
 
 @gluon.jit
 def _next_tile(
-    q, length, scale2, acc, p, top, total, buffers, bars, stage, phase,
-    RAGGED: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+    q, length, unseen, scale2, acc, p, top, total, buffers, bars, stage, phase,
+    HIDE: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Issue the scores of one more tile, then the matmul of the tile before it (in `stage`), whose weights are p."""
     last = stage
@@ -126,8 +144,10 @@ def _next_tile(
     _pass_turn(buffers.out.shape[0], TURNS, GROUP)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(bars.k_empty.index(stage), count=1)
-    if RAGGED:
-        s = _hide(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
+    if HIDE == FIRST:
+        s = _hide_first(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
+    elif HIDE >= UNSEEN:
+        s = _hide_unseen(s, *unseen, HIDE)
     weights, top, total, fade = next_weights(s, top, total, scale2)
     if buffers.k.shape[2] == 128:  # at 64 it costs 8%
         finish_before(total)
@@ -149,7 +169,7 @@ def _change_queries(buffers, bars, q_stage, q_phase):
 
 @gluon.jit
 def _attend(
-    lengths, scale2, buffers, bars, q_stage, q_phase, stage, phase,
+    item, scale2, buffers, bars, q_stage, q_phase, stage, phase,
     SEGMENTS: gl.constexpr, SINKS_FROM: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Attend from 64 query rows to the tiles of all segments: return (sum of weighted values, top, total), stages.
@@ -161,39 +181,98 @@ def _attend(
     D: gl.constexpr = buffers.k.shape[2]
     q = buffers.q.index(q_stage * GROUPS + GROUP)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    own = lengths.own
+    own = item.own
     acc = gl.zeros([64, D], gl.float32, ACC)
-    weights, top, total = _first_tile(q, own, scale2, buffers, bars, stage, phase, TURNS, GROUP)
+    weights, top, total = _first_tile(q, own, None, scale2, buffers, bars, stage, phase, FIRST, TURNS, GROUP)
     p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
     for _ in range((own - 1) // COLUMNS):
         acc, p, top, total, stage, phase = _next_tile(
-            q, own, scale2, acc, p, top, total, buffers, bars, stage, phase, False, TURNS, GROUP
+            q, own, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
         )
     for i in range(1, SEGMENTS):
         if SINKS_FROM == SEGMENTS:
-            length = lengths.sinks if i == 1 else (lengths.ring if i == 2 else lengths.low)
+            length = item.sinks if i == 1 else (item.ring if i == 2 else item.low)
             reads = q
         else:
             if i == SINKS_FROM:
                 q_stage, q_phase = _change_queries(buffers, bars, q_stage, q_phase)
-            length = lengths.sinks if i == SINKS_FROM else (lengths.ring if i == 1 else lengths.low)
-            length = lengths.kept if i == SINKS_FROM + 1 else length
+            length = item.sinks if i == SINKS_FROM else (item.ring if i == 1 else item.low)
+            length = item.kept if i == SINKS_FROM + 1 else length
             reads = buffers.q.index(q_stage * GROUPS + GROUP)
         if length > 0:
             acc, p, top, total, stage, phase = _next_tile(
-                reads, length, scale2, acc, p, top, total, buffers, bars, stage, phase, True, TURNS, GROUP
+                reads, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, FIRST, TURNS, GROUP
             )
         for _ in range((length + COLUMNS - 1) // COLUMNS - 1):
             acc, p, top, total, stage, phase = _next_tile(
-                reads, length, scale2, acc, p, top, total, buffers, bars, stage, phase, False, TURNS, GROUP
+                reads, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
             )
     mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
+    acc, stage, phase = _last_values(acc, p, buffers, bars, stage, phase)
+    return acc, top, total, q_stage, q_phase, stage, phase
+
+
+@gluon.jit
+def _last_values(acc, p, buffers, bars, stage, phase):
+    """Add the values of the last tile."""
     mbarrier.wait(bars.v_full.index(stage), phase)
     acc = warpgroup_mma(p, buffers.v.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(bars.v_empty.index(stage), count=1)
     stage, phase = next_stage(stage, phase, buffers.k.shape[0])
-    return acc, top, total, q_stage, q_phase, stage, phase
+    return acc, stage, phase
+
+
+@gluon.jit
+def _attend_straddling(
+    item, row, call, scale2, buffers, bars, q_stage, stage, phase,
+    SINKS: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Attend as `_attend` from 64 query rows of an item whose rows may lie in different blocks.
+
+    (It serves the others of such a call, too. With a branch between this and `_attend`, Triton 3.6's ptxas computes the
+    address of the queries in one of them and reads it in both.)
+    """
+    COLUMNS: gl.constexpr = buffers.k.shape[1]
+    D: gl.constexpr = buffers.k.shape[2]
+    HIDE: gl.constexpr = UNSEEN_BUT_SINKS if SINKS else UNSEEN
+    q = buffers.q.index(q_stage * buffers.out.shape[0] + GROUP)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    first = item.first
+    end = first + item.own
+    sinks = item.sinks
+    low, first_end, last_low, last_end, _ = keys_of_tile(row, min(row + 64, call.n), call)
+    skipped, met, rest = walk_of(first, end, low, last_end, call.sink, COLUMNS)
+    limits = (low, first_end, last_low, last_end)
+    stage, phase = _pass_tiles(skipped, buffers, bars, stage, phase, TURNS, GROUP)
+    # Tiles go backwards from `end`, and all but the first one start at multiples of COLUMNS from `first`.
+    start = first + ((end - first - 1) // COLUMNS - skipped) * COLUMNS
+    key = end - COLUMNS if skipped == 0 else start
+    acc = gl.zeros([64, D], gl.float32, ACC)
+    length = item.own if skipped == 0 else COLUMNS
+    weights, top, total = _first_tile(
+        q, length, (key, row, limits, call.sink), scale2, buffers, bars, stage, phase, HIDE, TURNS, GROUP
+    )
+    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+    for _ in range(met - 1):
+        start -= COLUMNS
+        acc, p, top, total, stage, phase = _next_tile(
+            q, 0, (start, row, limits, call.sink), scale2, acc, p, top, total, buffers, bars, stage, phase,
+            HIDE, TURNS, GROUP,
+        )  # fmt: skip
+    if SINKS:
+        if sinks > 0:
+            acc, p, top, total, stage, phase = _next_tile(
+                q, sinks, None, scale2, acc, p, top, total, buffers, bars, stage, phase, FIRST, TURNS, GROUP
+            )
+        for _ in range((sinks + COLUMNS - 1) // COLUMNS - 1):
+            acc, p, top, total, stage, phase = _next_tile(
+                q, sinks, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
+            )
+    mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
+    acc, stage, phase = _last_values(acc, p, buffers, bars, stage, phase)
+    stage, phase = _pass_tiles(rest, buffers, bars, stage, phase, TURNS, GROUP)
+    return acc, top, total, stage, phase
 
 
 @gluon.jit
@@ -203,6 +282,12 @@ def _pass_on(lengths, buffers, bars, stage, phase, TURNS: gl.constexpr, GROUP: g
     tiles = 0
     for i in gl.static_range(len(lengths)):
         tiles += (lengths[i] + COLUMNS - 1) // COLUMNS
+    return _pass_tiles(tiles, buffers, bars, stage, phase, TURNS, GROUP)
+
+
+@gluon.jit
+def _pass_tiles(tiles, buffers, bars, stage, phase, TURNS: gl.constexpr, GROUP: gl.constexpr):
+    """Give some tiles back unread."""
     for _ in range(tiles):
         mbarrier.wait(bars.k_full.index(stage), phase)
         _await_turn(TURNS, GROUP)
@@ -216,19 +301,18 @@ def _pass_on(lengths, buffers, bars, stage, phase, TURNS: gl.constexpr, GROUP: g
 
 @gluon.jit
 def _sit_out(
-    lengths, buffers, bars, q_stage, q_phase, stage, phase,
+    item, buffers, bars, q_stage, q_phase, stage, phase,
     Q_SINK: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Give every tile of an item back unread: the item has no rows for this consumer."""
-    own, sinks, ring, low, kept = lengths
     if Q_SINK:
-        stage, phase = _pass_on((own, ring, low), buffers, bars, stage, phase, TURNS, GROUP)
+        stage, phase = _pass_on((item.own, item.ring, item.low), buffers, bars, stage, phase, TURNS, GROUP)
         q_stage, q_phase = _change_queries(buffers, bars, q_stage, q_phase)
         mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
-        stage, phase = _pass_on((sinks, kept), buffers, bars, stage, phase, TURNS, GROUP)
+        stage, phase = _pass_on((item.sinks, item.kept), buffers, bars, stage, phase, TURNS, GROUP)
     else:
         mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
-        stage, phase = _pass_on((own, sinks, ring, low), buffers, bars, stage, phase, TURNS, GROUP)
+        stage, phase = _pass_on((item.own, item.sinks, item.ring, item.low), buffers, bars, stage, phase, TURNS, GROUP)
     return q_stage, q_phase, stage, phase
 
 
@@ -258,7 +342,8 @@ def _write(acc, top, total, i_b, i_h, row, end, smem, outputs, call):
 @gluon.jit
 def consume(
     outputs, buffers, bars, call, scale2,
-    SEGMENTS: gl.constexpr, RING: gl.constexpr, Q_SINK: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
+    SEGMENTS: gl.constexpr, RING: gl.constexpr, Q_SINK: gl.constexpr, STRADDLE: gl.constexpr,
+    TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Own 64 query rows of each work item: attend, then write. With TURNS the consumers start their matmuls in turn."""
     GROUPS: gl.constexpr = buffers.out.shape[0]
@@ -269,22 +354,28 @@ def consume(
     q_phase = 0
     if TURNS and GROUP == GROUPS - 1:
         named_arrive(TURN, 256)
-    for i in range(rounds(call)):
-        i_b, i_h, first_row, end = item(i, call, GROUPS * 64)
-        first, sinks, _start, held, low, kept, _begins = keys_of(i_b, end, call, RING, Q_SINK)
-        lengths = Lengths(end - first, sinks, held, low, kept)
-        row = first_row + GROUP * 64
-        mbarrier.wait(bars.q_full.index(q_stage), q_phase)
-        if row < end:
-            acc, top, total, q_stage, q_phase, stage, phase = _attend(
-                lengths, scale2, buffers, bars, q_stage, q_phase, stage, phase, SEGMENTS, SINKS_FROM, TURNS, GROUP
-            )
-            _write(acc, top, total, i_b, i_h, row, end, buffers.out.index(GROUP), outputs, call)
+    mbarrier.wait(bars.q_full.index(0), 0)
+    more = told(buffers.notes, 0, 0, 4) >= 0
+    while more:
+        item = told_item(buffers.notes, q_stage)
+        row = item.row + GROUP * 64
+        if row < item.end:
+            if STRADDLE:
+                acc, top, total, stage, phase = _attend_straddling(
+                    item, row, call, scale2, buffers, bars, q_stage, stage, phase, SEGMENTS > 1, TURNS, GROUP
+                )
+            else:
+                acc, top, total, q_stage, q_phase, stage, phase = _attend(
+                    item, scale2, buffers, bars, q_stage, q_phase, stage, phase, SEGMENTS, SINKS_FROM, TURNS, GROUP
+                )
+            _write(acc, top, total, item.i_b, item.i_h, row, item.end, buffers.out.index(GROUP), outputs, call)
         else:
             q_stage, q_phase, stage, phase = _sit_out(
-                lengths, buffers, bars, q_stage, q_phase, stage, phase, Q_SINK, TURNS, GROUP
+                item, buffers, bars, q_stage, q_phase, stage, phase, Q_SINK, TURNS, GROUP
             )
         q_stage, q_phase = next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
+        mbarrier.wait(bars.q_full.index(q_stage), q_phase)
+        more = told(buffers.notes, q_stage, 0, 4) >= 0
     if TURNS and GROUP == 0:
         named_sync(TURN, 256)
     tma.store_wait(0)

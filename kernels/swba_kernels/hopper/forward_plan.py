@@ -3,8 +3,9 @@
 The kernel calls these functions on the device. They use nothing but +, -, *, //, %, min and max, and divide only
 numbers that are not negative, so the tests call the very same ones (as `function.fn`) in plain Python.
 
-Each of B * H heads is cut into blocks, and each block into tiles of `rows` rows. A tile never straddles blocks, so all
-its rows see the same keys: at most four contiguous segments (the own window, own sinks, two parts of a ring).
+Each of B * H heads is cut into blocks, and each block into tiles of `rows` rows, so that all rows of a tile see the
+same keys: at most four contiguous segments (the own window, own sinks, two parts of a ring). Where that would leave
+many rows idle, a head is cut into tiles without regard to blocks instead, and a tile may straddle them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,18 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan_forward(n: int, block_size: int, window: int, sink: int, grid_start: int, rows: int) -> Plan:
-    """Cut `n` tokens; `grid_start` <= 0 is where the block grid starts, `rows` the height of a tile."""
+def plan_forward(
+    n: int, block_size: int, window: int, sink: int, grid_start: int, rows: int, straddle: bool = False
+) -> Plan:
+    """Cut `n` tokens; `grid_start` <= 0 is where the block grid starts, `rows` the height of a tile.
+
+    With `straddle` every tile counts as a block of `rows` tokens, the first of which starts at token 0.
+    """
+    if straddle:
+        tiles = -(-n // rows)
+        full = grid_start + -(-max(window + sink - grid_start, 0) // block_size) * block_size - block_size
+        heavy = max(0, tiles - max(0, full) // rows)
+        return Plan(tiles - 1, 1, 0, heavy, tiles - heavy)
     last = -(-(n - grid_start) // block_size) - 1
     per_block = -(-min(block_size, n) // rows)
     first_tiles = -(-min(grid_start + block_size, n) // rows)
@@ -83,24 +94,43 @@ def rows_of(block, tile, n, block_size, grid_start, rows):
 
 
 @gluon.jit
-def rounds_of(full, rest, cta):
-    """Return how many work items a CTA has: one in each of `full` rounds, and perhaps one of the `rest`."""
-    return full + (1 if cta < rest else 0)
-
-
-@gluon.jit
-def item_of(i, full, cta, ctas):
-    """Return the i-th work item of a CTA. Rounds go up and down by turns, which evens out falling weights."""
-    turn = ctas - 1 - cta if (full - i) % 2 == 1 else cta
-    return i * ctas + turn
-
-
-@gluon.jit
 def own_keys(end, window, sink):
     """Return (first, sinks): a block that ends at `end` sees the keys [0, sinks) and [first, end)."""
     first = max(end - window, 0)
     first = 0 if first <= sink else first
     return first, min(sink, first)
+
+
+@gluon.jit
+def block_end(row, block_size, grid_start):
+    """Return the end of the block that holds `row`, which may lie past the end of the sequence."""
+    return row - (row - grid_start) % block_size + block_size
+
+
+@gluon.jit
+def keys_of_rows(row, stop, n, block_size, window, sink, grid_start):
+    """Return (first, first end, last first, end, sinks): what the rows [row, stop) see, from blocks that follow.
+
+    The block of the first row sees [first, first end), that of the last one [last first, end), and both [0, sinks). If
+    `first` is 0 and `last first` is not, the last block sees the sinks besides, and `sinks` is 0.
+    """
+    first_end = min(block_end(row, block_size, grid_start), n)
+    end = min(block_end(stop - 1, block_size, grid_start), n)
+    first, sinks = own_keys(first_end, window, sink)
+    last_first, _ = own_keys(end, window, sink)
+    return first, first_end, last_first, end, sinks
+
+
+@gluon.jit
+def walk_of(first, end, low, last_end, sink, columns):
+    """Return (skipped, met, rest): how many tiles of the keys [first, end) a consumer meets.
+
+    They go backwards from `end`, and its rows see [low, last_end) and all the `sink` first keys.
+    """
+    tiles = (end - first + columns - 1) // columns
+    skipped = tiles - (last_end - first + columns - 1) // columns
+    rest = 0 if sink > 0 else (low - first) // columns
+    return skipped, tiles - skipped - rest, rest
 
 
 @gluon.jit

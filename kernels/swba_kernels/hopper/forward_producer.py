@@ -9,7 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .compat import box, tma_load
-from .forward_shared import item, keys_of, rounds
+from .forward_shared import Item, keys_of, keys_of_tile, next_item, place
+from .notes import tell
 from .pipeline import next_stage
 
 
@@ -50,22 +51,24 @@ def _copy(k_desc, v_desc, i_b, i_h, start, length, buffers, bars, stage, phase):
 
 
 @gluon.jit
-def _copy_queries(desc, i_b, i_h, row, buffers, bars, q_stage, q_phase):
-    """Copy the queries of all consumers, from `row` on."""
+def _copy_queries(desc, item, buffers, bars, q_stage, q_phase):
+    """Copy the queries of all consumers for an Item, and tell them of it."""
     GROUPS: gl.constexpr = buffers.out.shape[0]
     D: gl.constexpr = buffers.out.shape[2]
     q_full = bars.q_full.index(q_stage)
     mbarrier.wait(bars.q_empty.index(q_stage), q_phase)
+    tell(item, buffers.notes, q_stage, 4)
     mbarrier.expect(q_full, GROUPS * 64 * D * 2)
     for g in gl.static_range(GROUPS):
-        tma_load(desc, [i_b, i_h, row + g * 64, 0], q_full, box(buffers.q.index(q_stage * GROUPS + g), 64, D))
+        buffer = box(buffers.q.index(q_stage * GROUPS + g), 64, D)
+        tma_load(desc, [item.i_b, item.i_h, item.row + g * 64, 0], q_full, buffer)
     return next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
 
 
 @gluon.jit
 def produce(
     inputs, buffers, bars, call,
-    SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr, Q_SINK: gl.constexpr,
+    SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr, Q_SINK: gl.constexpr, STRADDLE: gl.constexpr,
 ):  # fmt: skip
     """Copy, for each work item, its query tile and then its key and value tiles in the order consumers take them.
 
@@ -76,18 +79,24 @@ def produce(
     phase = 1
     q_stage = 0
     q_phase = 1
-    for i in range(rounds(call)):
-        i_b, i_h, row, end = item(i, call, GROUPS * 64)
-        first, sinks, start, held, low, kept, begins = keys_of(i_b, end, call, RING, Q_SINK)
+    at = gl.program_id(0)
+    while at < call.items:
+        i_b, i_h, row, end = place(at, call, GROUPS * 64, STRADDLE)
+        if STRADDLE:
+            first, _, _, stop, sinks = keys_of_tile(row, end, call)
+            item = Item(row, end, i_b, i_h, first, stop - first, sinks, 0, 0, 0)
+        else:
+            first, sinks, start, held, low, kept, begins = keys_of(i_b, end, call, RING, Q_SINK)
+            item = Item(row, end, i_b, i_h, first, end - first, sinks, held, low, kept)
         if Q_SINK:
             if begins:
-                q_stage, q_phase = _copy_queries(inputs.q_sink, i_b, i_h, row, buffers, bars, q_stage, q_phase)
+                q_stage, q_phase = _copy_queries(inputs.q_sink, item, buffers, bars, q_stage, q_phase)
             else:
-                q_stage, q_phase = _copy_queries(inputs.q, i_b, i_h, row, buffers, bars, q_stage, q_phase)
+                q_stage, q_phase = _copy_queries(inputs.q, item, buffers, bars, q_stage, q_phase)
         else:
-            q_stage, q_phase = _copy_queries(inputs.q, i_b, i_h, row, buffers, bars, q_stage, q_phase)
+            q_stage, q_phase = _copy_queries(inputs.q, item, buffers, bars, q_stage, q_phase)
         i_kv = i_h // call.group
-        stage, phase = _copy(inputs.k, inputs.v, i_b, i_kv, first, end - first, buffers, bars, stage, phase)
+        stage, phase = _copy(inputs.k, inputs.v, i_b, i_kv, first, item.own, buffers, bars, stage, phase)
         if SINKS and not Q_SINK:
             stage, phase = _copy(inputs.k, inputs.v, i_b, i_kv, 0, sinks, buffers, bars, stage, phase)
         if RING:
@@ -96,11 +105,17 @@ def produce(
                 lane = gl.load(call.p_lanes + i_b).to(gl.int32)
             behind = call.sink if Q_SINK else 0
             for part in range(2):
-                at = start if part == 0 else behind
+                slot = start if part == 0 else behind
                 length = held if part == 0 else low
-                stage, phase = _copy(inputs.ring_k, inputs.ring_v, lane, i_kv, at, length, buffers, bars, stage, phase)
+                stage, phase = _copy(
+                    inputs.ring_k, inputs.ring_v, lane, i_kv, slot, length, buffers, bars, stage, phase
+                )
         if Q_SINK:
-            q_stage, q_phase = _copy_queries(inputs.q_sink, i_b, i_h, row, buffers, bars, q_stage, q_phase)
+            q_stage, q_phase = _copy_queries(inputs.q_sink, item, buffers, bars, q_stage, q_phase)
             stage, phase = _copy(inputs.k, inputs.v, i_b, i_kv, 0, sinks, buffers, bars, stage, phase)
             if RING:
                 stage, phase = _copy(inputs.ring_k, inputs.ring_v, lane, i_kv, 0, kept, buffers, bars, stage, phase)
+        at = next_item(call)
+    mbarrier.wait(bars.q_empty.index(q_stage), q_phase)
+    tell(Item(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0), buffers.notes, q_stage, 4)
+    mbarrier.arrive(bars.q_full.index(q_stage), count=1)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .forward_plan import item_of, own_keys, own_keys_apart, place_of, ring_keys, rounds_of, rows_of
+from .forward_plan import keys_of_rows, own_keys, own_keys_apart, place_of, ring_keys, rows_of
+from .notes import told
 
 
 class Buffers(NamedTuple):
@@ -20,6 +21,26 @@ class Buffers(NamedTuple):
     k: Any  # [stages, keys of a tile, D]
     v: Any  # [stages, keys of a tile, D]
     out: Any  # [consumers, 64, D]
+    notes: Any  # [stages of q, 16]: the Item whose queries these are
+
+
+class Item(NamedTuple):
+    """A work item, as the producer tells the consumers, who would lose time over its divisions.
+
+    The keys of each segment come in the order of the tiles: own window, own sinks, two parts of a ring. With Q_SINK own
+    sinks come behind the ring's parts, and a ring's sinks, `kept`, last.
+    """
+
+    row: Any  # the first query row
+    end: Any  # where the rows end: with their block, or with a tile that may straddle blocks
+    i_b: Any
+    i_h: Any
+    first: Any  # the first key of the own window
+    own: Any
+    sinks: Any
+    ring: Any
+    low: Any
+    kept: Any
 
 
 class Bars(NamedTuple):
@@ -53,25 +74,49 @@ class Call(NamedTuple):
     lacking: Any
     heavy: Any
     light: Any
-    full: Any  # rounds in which every CTA has a work item
-    rest: Any  # work items after them
+    items: Any  # in all
+    p_ticket: Any  # how many of them were handed out, but for the first of each CTA
 
 
 @gluon.jit
-def rounds(call):
-    """Return the number of this CTA's work items."""
-    return rounds_of(call.full, call.rest, gl.program_id(0))
+def next_item(call):
+    """Return the next work item for this CTA; none is left if it is not below `call.items`.
+
+    They are handed out as CTAs ask for them, heaviest first, so that all end at nearly the same time.
+    """
+    at = call.items
+    if gl.num_programs(0) < call.items:
+        at = gl.num_programs(0) + gl.atomic_add(call.p_ticket, 1)
+    return at
 
 
 @gluon.jit
-def item(i, call, ROWS: gl.constexpr):
-    """Return (row of the batch, head, first query row, end of its block) of this CTA's i-th work item."""
-    at = item_of(i, call.full, gl.program_id(0), gl.num_programs(0))
+def told_item(notes, q_stage):
+    """Return the Item that belongs to a stage of queries; a negative row says that none is left."""
+    return Item(
+        told(notes, q_stage, 0, 4), told(notes, q_stage, 1, 4), told(notes, q_stage, 2, 4), told(notes, q_stage, 3, 4),
+        told(notes, q_stage, 4, 4), told(notes, q_stage, 5, 4), told(notes, q_stage, 6, 4), told(notes, q_stage, 7, 4),
+        told(notes, q_stage, 8, 4), told(notes, q_stage, 9, 4),
+    )  # fmt: skip
+
+
+@gluon.jit
+def place(at, call, ROWS: gl.constexpr, STRADDLE: gl.constexpr):
+    """Return (row of the batch, head, first query row, end of its block or, with STRADDLE, of its tile) of an item."""
     head, block, tile = place_of(
         at, call.heavy_items, call.group_items, call.last, call.per_block, call.lacking, call.heavy, call.light
     )
-    first, end = rows_of(block, tile, call.n, call.block_size, call.grid_start, ROWS)
+    if STRADDLE:
+        first, end = rows_of(block, tile, call.n, ROWS, 0, ROWS)
+    else:
+        first, end = rows_of(block, tile, call.n, call.block_size, call.grid_start, ROWS)
     return head // call.heads, head % call.heads, first, end
+
+
+@gluon.jit
+def keys_of_tile(row, stop, call):
+    """Return `keys_of_rows` of the rows [row, stop)."""
+    return keys_of_rows(row, stop, call.n, call.block_size, call.window, call.sink, call.grid_start)
 
 
 @gluon.jit

@@ -2,10 +2,10 @@
 
 B batch, H query heads, Hkv key/value heads, N tokens, D head dim, BN keys of a tile.
 
-In forward.py a tile never straddles blocks, so blocks smaller than a tile would leave rows idle. Here a row r sees its
-own range of keys, [low(r), end(r)). For blocks below BN tokens the ranges of 64 rows begin and end less than BN keys
-apart, so edges need masks in three tiles at most: the first one, which ends where the last row's range ends, and the
-last two, of which the last begins where the first row's range begins. The tiles between are seen by all rows. As in
+In forward.py blocks smaller than a tile would leave rows idle, or meet many keys that few rows see. Here a row r sees
+its own range of keys, [low(r), end(r)). For blocks below BN tokens the ranges of 64 rows begin and end less than BN
+keys apart, so edges need masks in three tiles at most: the first one, which ends where the last row's range ends, and
+the last two, of which the last begins where the first row's range begins. The tiles between are seen by all rows. As in
 decode_small.py, CTAs that share a multiprocessor hide each other's waits, so a CTA needs no producer: it issues its own
 copies, STAGES key tiles ahead.
 """
@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .compat import box, cta_barrier, tma_load, tma_store
 from .forward_consumer import clear_rows
+from .forward_plan import block_end
 from .pipeline import counting
 from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
 from .softmax import first_weights, next_weights, rescale, row_total
@@ -34,12 +35,6 @@ KEYS = 128  # of a tile; blocks, or else the whole sequence, have to be smaller
 def serves(head_dim: int, block_size: int, n: int, sink: int) -> bool:
     """Tell whether this kernel is the one for a call of `n` tokens without a ring."""
     return head_dim == 64 and min(block_size, n) < KEYS and sink == 0
-
-
-@gluon.jit
-def block_end(row, block_size, grid_start):
-    """Return the end of the block that holds `row`, which may lie past the end of the sequence."""
-    return row - (row - grid_start) % block_size + block_size
 
 
 @gluon.jit

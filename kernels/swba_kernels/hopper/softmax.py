@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 # A row keeps its old maximum until a score beats it by this much (base 2). Weights then reach at most 2^SLACK, not
 # 1, which costs float32 sums nothing, and nearly no tile needs the accumulator rescaled.
 SLACK = gl.constexpr(8.0)
+LOWEST = gl.constexpr(-3.0e38)  # the maximum of a row that has seen no key yet: -inf less -inf would be NaN
 
 
 @gluon.jit
@@ -35,8 +36,8 @@ def row_total(total, top):
 
 @gluon.jit
 def first_weights(s, scale2):
-    """Return (weights, top, total) of the first tile of raw scores s."""
-    top = gl.max(s, 1) * scale2
+    """Return (weights, top, total) of the first tile of raw scores s; those of a row that sees none are zero."""
+    top = gl.maximum(gl.max(s, 1) * scale2, LOWEST)
     p = gl.exp2(s * scale2 - top[:, None])
     return p, top, _sums_of_threads(p)
 
