@@ -33,8 +33,8 @@ def block_window_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute softmax(q k^T * sm_scale) v over the keys that `pattern` lets each query see. Differentiable, once.
 
-    Inputs are expected to be finite: the Triton kernels may process blocks smaller than a tile together, and a NaN in a
-    key of one such block then reaches its neighbours in the tile (0 x NaN).
+    Inputs are expected to be finite: the Triton kernels may process rows of neighbouring blocks in one tile, and a NaN
+    in a key that one of them sees then reaches all of them (0 x NaN).
 
     Args:
         q: [B, H, N, D]; fp16, bf16, fp32 (or fp64 on a CPU); D a multiple of 8 up to 256.

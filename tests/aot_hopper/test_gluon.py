@@ -19,10 +19,10 @@ pytestmark = pytest.mark.gluon
 NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 
 # Bytes a thread may spill, by Triton version and kernel: what was found when they were recorded. None elsewhere.
-# "q_sink" is for calls with queries of their own for the sinks.
+# "q_sink" is for calls with queries of their own for the sinks, "straddling" for tiles that straddle blocks.
 SPILLS = {  # the backward's accumulators fill the registers
     "3.6": {"fused_kernel": 16, "fused_narrow_kernel": 8},
-    "3.7": {"fused_kernel": 8, "fused_narrow_kernel": 8},
+    "3.7": {"fused_kernel": 8, "fused_narrow_kernel": 8, "_forward": 8},
     "3.9": {"fused_kernel": 80, "_forward": 144, "decode_persistent": 144},
     "3.6 q_sink": {"_forward": 8, "dkv_kernel": 40, "fused_kernel": 40, "fused_narrow_kernel": 40},
     "3.7 q_sink": {"_forward": 8, "dkv_kernel": 40, "fused_kernel": 40, "fused_narrow_kernel": 40},
@@ -33,6 +33,9 @@ SPILLS = {  # the backward's accumulators fill the registers
         "fused_narrow_kernel": 48,
         "decode_persistent": 192,
     },
+    "3.6 straddling": {"_forward": 8},
+    "3.7 straddling": {"_forward": 8},
+    "3.9 straddling": {"_forward": 80},
 }
 
 
@@ -64,6 +67,18 @@ def train(shape: Shape, sink: int = 0) -> None:
         *grads, of_sinks = backward(torch.empty_like(q), q, k, v, out, lse, scale=0.1, config=config, **options)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
         assert of_sinks.shape == q.shape if sink else of_sinks is None
+
+
+def straddle(head_dim: int, dtype: torch.dtype, sink: int) -> None:
+    """Launch a forward by every configuration that some block chooses with tiles that straddle blocks."""
+    from swba_kernels.hopper.forward import choose_config, forward
+
+    sizes = [(block, blocks * block) for block in range(1, 1000) for blocks in (1, 2, 4, 8, 16, 32)]
+    choices = {choose_config(head_dim, *size, False, True) for size in sizes}
+    q, k = (empty(2, heads, 2000, head_dim, dtype=dtype) for heads in (8, 4))
+    for choice in choices:
+        if choice[1]:
+            forward(q, k, k, scale=0.1, block_size=144, window=999, sink=sink, grid_start=-5, config=choice)
 
 
 def stream(shape: Shape, lanes: torch.Tensor | None = None, sink: int = 0) -> None:
@@ -136,6 +151,15 @@ def test_training_kernels(shape: Shape) -> None:
 @pytest.mark.parametrize("shape", _one_of_each_kind(SETS["training"]), ids=lambda shape: shape.name)
 def test_training_kernels_with_queries_of_their_own_for_the_sinks(shape: Shape) -> None:
     check(compile_launches(lambda: train(shape, sink=100)), " q_sink")
+
+
+@pytest.mark.parametrize("sink", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_forward_kernels_whose_tiles_straddle_blocks(head_dim: int, dtype: torch.dtype, sink: int) -> None:
+    launches = compile_launches(lambda: straddle(head_dim, dtype, sink))
+    assert {name for name, _ in launches} == {"_forward"}
+    check(launches, " straddling")
 
 
 @pytest.mark.parametrize("shape", SETS["decode"] + SETS["odd-decode"], ids=lambda shape: shape.name)

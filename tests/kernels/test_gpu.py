@@ -224,17 +224,24 @@ def test_new_sizes_compile_no_new_kernel(monkeypatch) -> None:
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs capability 9.0"
 )
 def test_new_sizes_compile_no_new_hopper_kernel() -> None:
-    """Each configuration is a kernel: one call here for each that any block up to 256 tokens chooses, then others."""
+    """Each configuration is a kernel: one call here for each that blocks up to 256 tokens choose, then others."""
     from swba_kernels.hopper.decode import decode
     from swba_kernels.hopper.decode_plan import CONFIGS, lane_plans
     from swba_kernels.hopper.forward import choose_config
+    from swba_kernels.hopper.forward_small import serves
 
-    blocks: dict[tuple, int] = {}
+    n, most_sinks = 1100, 50
+    chosen: set[tuple] = set()
     for block in range(1, 257):
-        blocks.setdefault(tuple(choose_config(64, block, ring) for ring in (False, True)), block)
-    for block in blocks.values():
-        for sink in (0, 50):
-            call_every_op("hopper", 600, block, 400, sink, 0, 7)
+        for seen in range(block + most_sinks, n, 50):  # keys, sinks among them
+            forward, prefill = (choose_config(64, block, seen, *ring) for ring in ((False, True), (True, False)))
+            alone = None if serves(64, block, n, 0) else forward
+            choices = {("prefill", prefill), ("with sinks", forward), ("without", alone)}
+            if not choices <= chosen:
+                chosen |= choices
+                for sink in (0, most_sinks):
+                    call_every_op("hopper", n, block, seen - sink, sink, 0, 7)
+    assert {choice[1] for kind, choice in chosen if kind == "with sinks"} == {False, True}
     q, ring = (torch.zeros(2, 4, x, 64, dtype=torch.bfloat16, device="cuda") for x in (250, 4000))
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for config in CONFIGS[64]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -60,50 +62,82 @@ def call(q: Tensor, k: Tensor, v: Tensor, pattern: BlockWindow, scale: float | N
     )  # fmt: skip
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, pattern: BlockWindow, scale: float | None = None, **options) -> None:
-    out, lse = call(q, k, v, pattern, scale, **options)
+def check(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockWindow, scale: float | None = None, configs: Iterable = (None,)
+) -> None:
     double = [x.double() for x in (q, k, v)]
     oracle, oracle_lse = reference.block_window_reference(*double, pattern, sm_scale=scale, return_lse=True)
-    assert_close(out, oracle, reference.block_window_reference(q, k, v, pattern, sm_scale=scale))
-    assert_lse_close(lse, oracle_lse)
-    assert out.stride() == torch.empty_like(q).stride()
+    eager = reference.block_window_reference(q, k, v, pattern, sm_scale=scale)
+    for config in configs:
+        out, lse = call(q, k, v, pattern, scale, config=config)
+        assert_close(out, oracle, eager, f"out by {config}")
+        assert_lse_close(lse, oracle_lse)
+        assert out.stride() == torch.empty_like(q).stride()
 
 
-def candidates(head_dim: int):
-    """Return every configuration; None leaves the choice, among others that of the kernel for small blocks."""
-    from swba_kernels.hopper.forward import CONFIGS
+def candidates(head_dim: int, block_size: int) -> list:
+    """Return every (configuration, whether its tiles straddle blocks) that may serve blocks of this size.
 
-    return (None, *CONFIGS[head_dim])
+    None leaves the choice, among others that of the kernel for small blocks.
+    """
+    from swba_kernels.hopper.forward import CONFIGS, SMALLEST_STRADDLED
+
+    straddle = (False, True) if block_size >= SMALLEST_STRADDLED else (False,)
+    return [None, *itertools.product(CONFIGS[head_dim], straddle)]
+
+
+def straddling(head_dim: int) -> list:
+    return [x for x in candidates(head_dim, 1000) if x and x[1]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("pattern", "n"), PATTERNS, ids=str)
 def test_forward_equals_the_reference(pattern, n, head_dim, dtype) -> None:
-    for config in candidates(head_dim):
-        check(*qkv(Case(pattern, n, 3, 3, head_dim), dtype, "cuda"), pattern, config=config)
+    configs = candidates(head_dim, pattern.block_size)
+    check(*qkv(Case(pattern, n, 3, 3, head_dim), dtype, "cuda"), pattern, configs=configs)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sink", [0, 1, 70, 300])
+@pytest.mark.parametrize("block", [64, 96, 100, 130, 144, 200, 333])
+def test_tiles_that_straddle_blocks(block, sink, head_dim) -> None:
+    """Windows of one block and of many, or all before; grids that start before the sequence; one row in a last tile."""
+    for window, first_block, n in (
+        (block, 0, 6 * block),
+        (block + 33, 1, 5 * block + 17),
+        (3 * block, block - 1, 1025),
+        (5 * block, block // 2, 770),
+        (1000, 40, 513),
+    ):
+        pattern = BlockWindow(block, window, sink, first_block)
+        heads = (4, 4) if first_block == 0 else (6, 2)
+        dtype = DTYPES[first_block % 2]
+        check(*qkv(Case(pattern, n, *heads, head_dim), dtype, "cuda"), pattern, configs=straddling(head_dim))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_grouped_heads(head_dim, kv_heads) -> None:
     for pattern in (BlockWindow(200, 500, 30, 50), SMALL):
-        check(*qkv(Case(pattern, 1100, 6, kv_heads, head_dim), torch.bfloat16, "cuda"), pattern)
+        inputs = qkv(Case(pattern, 1100, 6, kv_heads, head_dim), torch.bfloat16, "cuda")
+        check(*inputs, pattern, configs=candidates(head_dim, pattern.block_size))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_more_items_than_multiprocessors(head_dim) -> None:
     pattern = BlockWindow(144, 144 * 4, 20)
-    check(*qkv(Case(pattern, 144 * 8, 12, 4, head_dim, batch=3), torch.bfloat16, "cuda"), pattern)
+    inputs = qkv(Case(pattern, 144 * 8, 12, 4, head_dim, batch=3), torch.bfloat16, "cuda")
+    check(*inputs, pattern, configs=candidates(head_dim, 144))
 
 
 def test_views_with_strides_of_their_own() -> None:
     pattern = BlockWindow(333, 700, 12)
     packed = torch.randn(2, 1000, 3, 4, 128, device="cuda", dtype=torch.bfloat16)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
-    check(q, k, v, pattern)
+    check(q, k, v, pattern, configs=candidates(128, 333))
     padded = torch.randn(3, 2, 5, 1200, 256, device="cuda", dtype=torch.bfloat16)[:, :, 1:4, 100:1100, 64:192]
-    check(*padded, pattern)
+    check(*padded, pattern, configs=candidates(128, 333))
     check(*(x.contiguous() for x in padded), pattern)
     check(*padded[..., :64], SMALL)
     check(*packed[..., 64:].permute(2, 0, 3, 1, 4), SMALL)
@@ -113,23 +147,28 @@ def test_views_with_strides_of_their_own() -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-3, 3.0])
 def test_any_scale(scale, head_dim) -> None:
     for pattern in (BlockWindow(200, 500), SMALL):
-        check(*qkv(Case(pattern, 900, 2, 2, head_dim), torch.bfloat16, "cuda"), pattern, scale)
+        inputs = qkv(Case(pattern, 900, 2, 2, head_dim), torch.bfloat16, "cuda")
+        check(*inputs, pattern, scale, candidates(head_dim, pattern.block_size))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("pattern", [BlockWindow(256, 1024, 40), BlockWindow(48, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [BlockWindow(256, 1024, 40), BlockWindow(100, 1024, 40), BlockWindow(48, 1024)], ids=str
+)
 def test_adversarial_scores(pattern, head_dim, dtype) -> None:
     q, k, v = qkv(Case(pattern, 2048, 2, 2, head_dim), dtype, "cuda")
-    check(q * 10, k * 10, v, pattern)
-    check(q, torch.ones_like(k), v, pattern)
-    check(torch.ones_like(q), torch.zeros_like(k), v, pattern)
+    configs = candidates(head_dim, pattern.block_size)
+    check(q * 10, k * 10, v, pattern, configs=configs)
+    check(q.abs() * 10, k.abs() * -10, v, pattern, configs=configs)
+    check(q, torch.ones_like(k), v, pattern, configs=configs)
+    check(torch.ones_like(q), torch.zeros_like(k), v, pattern, configs=configs)
     dominant = k.clone()
     dominant[:, :, 1000] = 4 * q[:, :, 1200]
-    check(q, dominant, v, pattern)
+    check(q, dominant, v, pattern, configs=configs)
     rising = k + torch.arange(2048, device="cuda", dtype=dtype)[:, None] / 100
-    check(q.abs(), rising, v, pattern)
-    check(q.abs(), rising.flip(2), v, pattern)
+    check(q.abs(), rising, v, pattern, configs=configs)
+    check(q.abs(), rising.flip(2), v, pattern, configs=configs)
 
 
 def equal_rows(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: slice) -> None:
@@ -141,32 +180,50 @@ def equal_rows(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: slice) 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block", [3, 60, 64, 100, 128, 200, 333, 1000])
 def test_keys_that_no_row_sees_do_not_matter(block, head_dim) -> None:
-    """NaN in future blocks, and between sinks and window: the rows that see none of it keep every bit."""
+    """NaN in future blocks, and between sinks and window: the rows that see none of it keep every bit.
+
+    By tiles that do not straddle blocks, and by what is chosen for such short windows.
+    """
     pattern = BlockWindow(block, block + block // 3, min(block, 50))
     for blocks in (1, 2, 4):
         n, end = 6 * block, blocks * block
         q, k, v = qkv(Case(pattern, n, 2, 2, head_dim), torch.bfloat16, "cuda")
-        clean = call(q, k, v, pattern)
+        configs = [x for x in candidates(head_dim, block) if x not in straddling(head_dim)]
+        clean = [call(q, k, v, pattern, config=config) for config in configs]
         _, (lo, _) = pattern.key_ranges(end - block, end)
         for x in (k, v):
             x[:, :, end:] = float("nan")
             x[:, :, min(pattern.sink, lo) : lo] = float("nan")
-        equal_rows(call(q, k, v, pattern), clean, slice(end - block, end))
+        for config, expected in zip(configs, clean, strict=True):
+            equal_rows(call(q, k, v, pattern, config=config), expected, slice(end - block, end))
+
+
+def see_only_their_own(pattern: BlockWindow, n: int, head_dim: int, height: int, rows: list[int], config=None) -> None:
+    """Other values in the keys that a row does not see keep its bits; NaN does where no row of its tile sees them."""
+    q, k, v = qkv(Case(pattern, n, 2, 2, head_dim), torch.bfloat16, "cuda")
+    clean = call(q, k, v, pattern, config=config)
+    visible = pattern.mask(n, "cuda")
+    for row in rows:
+        tile = row // height * height
+        seen_by_tile = visible[tile : tile + height].any(0)
+        for seen, other in ((visible[row], torch.randn_like(k)), (seen_by_tile, torch.full_like(k, math.nan))):
+            inputs = (torch.where(seen[:, None], x, other) for x in (k, v))
+            equal_rows(call(q, *inputs, pattern, config=config), clean, slice(row, row + 1))
 
 
 @pytest.mark.parametrize("block", [1, 17, 48, 64, 100, 127])
 def test_rows_that_share_a_tile_with_other_small_blocks_see_only_their_own(block) -> None:
-    """Other values in the keys that a row does not see keep its bits; NaN does where none of its 64 rows sees them."""
-    pattern, n = BlockWindow(block, 2 * block), 640
-    q, k, v = qkv(Case(pattern, n, 2, 2, 64), torch.bfloat16, "cuda")
-    clean = call(q, k, v, pattern)
-    visible = pattern.mask(n, "cuda")
-    for row in (0, 63, 64, 200, 400, n - 1):
-        tile = row // 64 * 64
-        sees = (visible[row], torch.randn_like(k)), (visible[tile : tile + 64].any(0), torch.full_like(k, math.nan))
-        for seen, other in sees:
-            inputs = (torch.where(seen[:, None], x, other) for x in (k, v))
-            equal_rows(call(q, *inputs, pattern), clean, slice(row, row + 1))
+    see_only_their_own(BlockWindow(block, 2 * block), 640, 64, 64, [0, 63, 64, 200, 400, 639])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sink", [0, 30, 150])
+@pytest.mark.parametrize("block", [64, 100, 200, 333])
+def test_rows_of_tiles_that_straddle_blocks_see_only_their_own(block, sink, head_dim) -> None:
+    pattern, n = BlockWindow(block, 2 * block, sink, 7), 5 * block + 3
+    for config in straddling(head_dim):
+        rows = [0, 6, 7, 127, 128, 2 * block + 6, 2 * block + 7, n - 1]
+        see_only_their_own(pattern, n, head_dim, config[0].groups * 64, rows, config)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -175,24 +232,43 @@ def test_only_the_rows_of_the_call_are_written(block, n, head_dim, monkeypatch) 
     pattern = BlockWindow(block, 2 * block)
     q, k, v = qkv(Case(pattern, n, 3, 3, head_dim), torch.bfloat16, "cuda")
     whole = torch.full((2, n + 300, 3, head_dim), float("nan"), device="cuda", dtype=torch.bfloat16)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty_like", lambda x: whole[:, 100 : 100 + n].transpose(1, 2))
-        out, lse = call(q, k, v, pattern)
-    assert torch.isfinite(lse).all()
-    assert torch.isfinite(out).all()
-    assert torch.isnan(whole[:, :100]).all()
-    assert torch.isnan(whole[:, 100 + n :]).all()
-    assert torch.equal(out, call(q, k, v, pattern)[0])
+    for config in candidates(head_dim, block):
+        whole.fill_(float("nan"))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", lambda x: whole[:, 100 : 100 + n].transpose(1, 2))
+            out, lse = call(q, k, v, pattern, config=config)
+        assert torch.isfinite(lse).all()
+        assert torch.isfinite(out).all()
+        assert torch.isnan(whole[:, :100]).all()
+        assert torch.isnan(whole[:, 100 + n :]).all()
+        assert torch.equal(out, call(q, k, v, pattern, config=config)[0])
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_runs_agree_in_every_bit(head_dim) -> None:
-    pattern = BlockWindow(333, 999, 64, 20)
-    q, k, v = qkv(Case(pattern, 3000, 6, 2, head_dim), torch.bfloat16, "cuda")
-    for config in candidates(head_dim):
-        first = call(q, k, v, pattern, config=config)
-        for _ in range(50):
-            equal_rows(call(q, k, v, pattern, config=config), first, slice(None))
+    for pattern in (BlockWindow(333, 999, 64, 20), BlockWindow(100, 400, 0, 30)):
+        q, k, v = qkv(Case(pattern, 3000, 6, 2, head_dim), torch.bfloat16, "cuda")
+        for config in candidates(head_dim, pattern.block_size):
+            first = call(q, k, v, pattern, config=config)
+            for _ in range(50):
+                equal_rows(call(q, k, v, pattern, config=config), first, slice(None))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_graph_hands_out_its_items_anew_at_every_replay(head_dim) -> None:
+    """More items than multiprocessors, so that CTAs ask for them."""
+    pattern = BlockWindow(144, 144 * 4, 20)
+    q, k, v = qkv(Case(pattern, 144 * 12, 12, 4, head_dim), torch.bfloat16, "cuda")
+    for config in candidates(head_dim, 144):
+        expected = call(q, k, v, pattern, config=config)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(q, k, v, pattern, config=config)
+        for _ in range(3):
+            for x in captured:
+                x.fill_(float("nan"))
+            graph.replay()
+            equal_rows(captured, expected, slice(None))
 
 
 def ring_of(pattern: BlockWindow, positions: list[int], kv_heads: int, head_dim: int, dtype, spare: int):
@@ -265,20 +341,25 @@ def test_a_graph_follows_the_rings_position() -> None:
         equal_rows(captured, call(q, k, v, pattern, ring=Ring(*rings, position, lanes)), slice(None))
 
 
-def test_sizes_compile_nothing_new() -> None:
+@pytest.mark.parametrize("straddle", [False, True])
+def test_sizes_compile_nothing_new(straddle) -> None:
     from swba_kernels.hopper import forward
+
+    config = (forward.CONFIGS[128][0], straddle)
 
     def run(n, block, window, sink, batch) -> None:
         pattern = BlockWindow(block, window, sink)
-        call(*qkv(Case(pattern, n, 4, 2, 128, batch=batch), torch.bfloat16, "cuda"), pattern)
+        call(*qkv(Case(pattern, n, 4, 2, 128, batch=batch), torch.bfloat16, "cuda"), pattern, config=config)
 
     def compiled() -> int:
         return len(forward._forward.device_caches[torch.cuda.current_device()][0])
 
     run(1000, 256, 512, 16, 2)
     before = compiled()
-    for sizes in ((1024, 256, 512, 1, 1), (777, 100, 300, 33, 3), (16, 1, 1, 1, 1), (4096, 1024, 1024, 128, 1)):
+    for sizes in ((1024, 256, 512, 1, 1), (777, 100, 300, 33, 3), (80, 64, 64, 1, 1), (4096, 1024, 1024, 128, 1)):
         run(*sizes)
+    if not straddle:
+        run(16, 1, 1, 1, 1)
     assert compiled() == before
 
 
@@ -287,9 +368,10 @@ def test_tensors_beyond_two_to_the_31_elements() -> None:
     pattern = BlockWindow(250, 500)
     q, k, v = (torch.randn(1, 17, 1_000_000, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     assert q.numel() > 1 << 31
-    out, lse = call(q, k, v, pattern)
     tail = [x[:, -1:, -500:] for x in (q, k, v)]
     oracle, oracle_lse = reference.block_window_reference(*(x.double() for x in tail), pattern, return_lse=True)
     eager = reference.block_window_reference(*tail, pattern)
-    assert_close(out[:, -1:, -250:], oracle[:, :, -250:], eager[:, :, -250:])
-    assert_lse_close(lse[:, -1:, -250:], oracle_lse[:, :, -250:])
+    for config in (None, *straddling(128)):
+        out, lse = call(q, k, v, pattern, config=config)
+        assert_close(out[:, -1:, -250:], oracle[:, :, -250:], eager[:, :, -250:])
+        assert_lse_close(lse[:, -1:, -250:], oracle_lse[:, :, -250:])

@@ -200,7 +200,7 @@ def test_forward_at_every_edge_by_every_configuration(sink, head_dim) -> None:
         )
         eager = reference.block_window_reference(q, k, v, pattern, q_sink=q_sink)
         for config in CONFIGS[head_dim]:
-            out, lse = forward(q, k, v, q_sink, pattern, config=config)
+            out, lse = forward(q, k, v, q_sink, pattern, config=(config, False))
             assert_close(out, oracle, eager, f"{pattern} {config}")
             assert_lse_close(lse, oracle_lse)
 

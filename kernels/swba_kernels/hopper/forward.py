@@ -198,6 +198,8 @@ def forward(
         )  # fmt: skip
         return out, lse
     may_straddle = ring is None and q_sink is None and n > block_size
+    if config and config[1] and (ring is not None or q_sink is not None or block_size < SMALLEST_STRADDLED):
+        raise ValueError("config: tiles cannot straddle such blocks, nor where there is a ring or a q_sink")
     config, straddle = config or choose_config(
         head_dim, min(block_size, n), min(window + sink, n), ring is not None, may_straddle
     )

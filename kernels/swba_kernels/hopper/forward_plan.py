@@ -20,7 +20,8 @@ class Plan(NamedTuple):
     """How a head is cut: blocks 0 .. `last` of `per_block` tiles, of which the last block lacks `lacking`.
 
     (The first block may have fewer, too.) Counted from the end of the sequence, the first `heavy` tiles of a head see a
-    full window and so cost the same; the `light` ones after them see less and less.
+    full window and so cost the same (with tiles that straddle blocks, some of their rows do, and they cost nearly the
+    same); the `light` ones after them see less and less.
     """
 
     last: int
