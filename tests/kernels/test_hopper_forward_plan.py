@@ -278,7 +278,7 @@ def test_a_ring_has_no_last_position(position) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 100), st.integers(1, 400), st.sampled_from([64, 128]))
 def test_tiles_of_a_segment_show_every_key_once(start, length, columns) -> None:
-    """The tile walk of forward_producer._copy, with the mask of forward_consumer._hide."""
+    """The tile walk of forward_producer._copy, with the mask of forward_consumer._hide_first."""
     tiles = -(-length // columns)
     hidden = tiles * columns - length
     row, seen = start + length - columns, []

@@ -124,7 +124,7 @@ CONFIGS = {
     ),
 }
 _PARTIAL = 0.8  # time of a tile in which a consumer is idle, whichever part of it is; of a full tile's
-_STRADDLING = 0.9  # rate of tiles that straddle blocks: some of their keys need masks, and some no consumer's rows see
+_STRADDLING = 0.9  # rate of tiles that straddle blocks: masks, and keys that a consumer's rows do not see
 SMALLEST_STRADDLED = 64  # tokens of a block, so that a consumer's rows lie in two blocks at most
 
 

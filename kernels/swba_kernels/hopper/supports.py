@@ -24,13 +24,13 @@ CAPABILITY = (9, 0)
 # Gluon is experimental and changes with every release: these were compiled ahead of time, 3.6 also ran.
 OLDEST, NEWEST = (3, 6), (3, 9)
 
-# The fewest tokens of a block for which "auto" takes these kernels, by head dim. A short block pads a tile (from 64
-# tokens on, a forward's tile may straddle two), while the portable kernels pack several blocks into one. (Two kernels
-# do not mind: the forward at head dim 64 without sinks, and the fused backward, whose tiles of keys meet ranges of
-# queries.) On an H200 (bf16, blocks of 64 tokens), before tiles straddled, other forwards ran at 293 TFLOP/s against
-# 350 with head dim 64, at 390 against 378 with 128, and the backward with 128 at 383 against 283. With head dim 64
-# and blocks of 8 to 48 tokens the fused backward ran at 338 to 356 against 252 to 267. Decode is bound by the bytes
-# of the ring, whatever the block.
+# The fewest tokens of a block for which "auto" takes these kernels, by head dim. A short block pads a tile, while the
+# portable kernels pack several blocks into one. (Two kernels do not mind: the forward at head dim 64 without sinks,
+# and the fused backward, whose tiles of keys meet ranges of queries.) On an H200 (bf16, blocks of 64 tokens), before
+# tiles of a forward could straddle blocks (from 64 tokens on, not on a ring or with queries of their own for sinks;
+# with sinks not measured again), other forwards ran at 293 TFLOP/s against 350 with head dim 64, at 390 against 378
+# with 128, and the backward with 128 at 383 against 283. With head dim 64 and blocks of 8 to 48 tokens the fused
+# backward ran at 338 to 356 against 252 to 267. Decode is bound by the bytes of the ring, whatever the block.
 SMALLEST_BLOCK = {
     "forward": {64: 1, 128: 64},
     "forward with sinks": {64: 96, 128: 64},
