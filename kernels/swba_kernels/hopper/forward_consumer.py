@@ -159,6 +159,23 @@ def _next_tile(
 
 
 @gluon.jit
+def _next_segment(
+    q, length, scale2, acc, p, top, total, buffers, bars, stage, phase, TURNS: gl.constexpr, GROUP: gl.constexpr
+):
+    """Attend to the tiles of one more segment, if it has keys; the first is the ragged one."""
+    COLUMNS: gl.constexpr = buffers.k.shape[1]
+    if length > 0:
+        acc, p, top, total, stage, phase = _next_tile(
+            q, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, FIRST, TURNS, GROUP
+        )
+    for _ in range((length + COLUMNS - 1) // COLUMNS - 1):
+        acc, p, top, total, stage, phase = _next_tile(
+            q, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
+        )
+    return acc, p, top, total, stage, phase
+
+
+@gluon.jit
 def _change_queries(buffers, bars, q_stage, q_phase):
     """Return the stage of the sinks' queries once they are there, and let those of the window go."""
     mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
@@ -199,14 +216,9 @@ def _attend(
             length = item.sinks if i == SINKS_FROM else (item.ring if i == 1 else item.low)
             length = item.kept if i == SINKS_FROM + 1 else length
             reads = buffers.q.index(q_stage * GROUPS + GROUP)
-        if length > 0:
-            acc, p, top, total, stage, phase = _next_tile(
-                reads, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, FIRST, TURNS, GROUP
-            )
-        for _ in range((length + COLUMNS - 1) // COLUMNS - 1):
-            acc, p, top, total, stage, phase = _next_tile(
-                reads, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
-            )
+        acc, p, top, total, stage, phase = _next_segment(
+            reads, length, scale2, acc, p, top, total, buffers, bars, stage, phase, TURNS, GROUP
+        )
     mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
     acc, stage, phase = _last_values(acc, p, buffers, bars, stage, phase)
     return acc, top, total, q_stage, q_phase, stage, phase
@@ -240,7 +252,6 @@ def _attend_straddling(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     first = item.first
     end = first + item.own
-    sinks = item.sinks
     low, first_end, last_low, last_end, _ = keys_of_tile(row, min(row + 64, call.n), call)
     skipped, met, rest = walk_of(first, end, low, last_end, call.sink, COLUMNS)
     limits = (low, first_end, last_low, last_end)
@@ -261,14 +272,9 @@ def _attend_straddling(
             HIDE, TURNS, GROUP,
         )  # fmt: skip
     if SINKS:
-        if sinks > 0:
-            acc, p, top, total, stage, phase = _next_tile(
-                q, sinks, None, scale2, acc, p, top, total, buffers, bars, stage, phase, FIRST, TURNS, GROUP
-            )
-        for _ in range((sinks + COLUMNS - 1) // COLUMNS - 1):
-            acc, p, top, total, stage, phase = _next_tile(
-                q, sinks, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
-            )
+        acc, p, top, total, stage, phase = _next_segment(
+            q, item.sinks, scale2, acc, p, top, total, buffers, bars, stage, phase, TURNS, GROUP
+        )
     mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
     acc, stage, phase = _last_values(acc, p, buffers, bars, stage, phase)
     stage, phase = _pass_tiles(rest, buffers, bars, stage, phase, TURNS, GROUP)
