@@ -302,7 +302,8 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         )  # fmt: skip
     else:
         sums = torch.zeros(size, dtype=torch.float32, device=q.device)
-        counters = torch.zeros(4, dtype=torch.int32, device=q.device)  # the ticket at head dim 64
+        # At head dim 128 nobody takes a ticket.
+        counters = (torch.zeros if head_dim == 64 else torch.empty)(4, dtype=torch.int32, device=q.device)
     arguments = (
         descriptor(q, rows), _maybe(q if apart and q_sink is None else q_sink, rows), descriptor(dout, rows),
         descriptor(k, keys), descriptor(v, 64),

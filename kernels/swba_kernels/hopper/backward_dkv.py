@@ -24,9 +24,10 @@ from .backward_shared import (
     load_row_terms,
     row_box,
     seen_buffer,
+    slopes,
+    slopes_beside,
     store_tile,
     store_tile_apart,
-    weigh,
 )
 from .compat import box, tma_load
 from .pipeline import counting, next_stage
@@ -110,17 +111,14 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
     v = v_smem.index(WARPGROUP)
     dk = gl.zeros([64, D], gl.float32, SUMS)
     dv = gl.zeros([64, D], gl.float32, SUMS)
-    none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    queries = (q_smem, grad_smem, lse_smem, delta_smem, count_smem)
     stage = 0
     phase = 0
     row = start
     mbarrier.wait(keys_full, 0)
     if D == 64 and WARPGROUPS == 2:
         mbarrier.wait(full.index(0), 0)
-        s_t = warpgroup_mma(k, q_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-        dp_t = warpgroup_mma(v, grad_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-        terms = (lse_smem.index(0), delta_smem.index(0), count_smem)
-        p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, 1, True)
+        p_t, ds_t = slopes(k, v, queries, 0, row, edges, scale2, True)
         p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
         ds_operand = gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True)
         for _ in range(count - 1):
@@ -129,13 +127,9 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
             before = stage
             stage, phase = next_stage(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
-            s_t = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-            dp_t = warpgroup_mma(v, grad_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-            dv = warpgroup_mma(p_operand, grad_smem.index(before), dv, is_async=True)
-            dk = warpgroup_mma(ds_operand, q_smem.index(before), dk, is_async=True)
-            terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
-            p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, 3, True)
-            dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+            p_t, ds_t, dk, dv = slopes_beside(
+                k, v, queries, stage, row, edges, scale2, p_operand, ds_operand, before, dk, dv, True
+            )
             mbarrier.arrive(empty.index(before), count=1)
             p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
             ds_operand = gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True)
@@ -147,10 +141,7 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
             q = q_smem.index(stage)
             grad = grad_smem.index(stage)
             mbarrier.wait(full.index(stage), phase)
-            s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-            dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-            terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
-            p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, 1, True)
+            p_t, ds_t = slopes(k, v, queries, stage, row, edges, scale2, True)
             dv = warpgroup_mma(gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True), grad, dv, is_async=True)
             dk = warpgroup_mma(gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True), q, dk, is_async=True)
             dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))

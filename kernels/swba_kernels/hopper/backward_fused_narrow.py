@@ -25,10 +25,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .backward_loader import load_pieces, told_place, told_walk, told_work
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import first_tile, hide_others, next_row, number_of, pattern_of, queries_of, walk_grid, work_of
-from .backward_shared import row_box, store_gradients, weigh
+from .backward_shared import row_box, slopes, slopes_beside, store_gradients
 from .compat import cta_barrier, tma_store, view
 from .notes import notes_of, told
 from .pipeline import counting, next_stage
+
+
+@gluon.jit
+def _hand_on(ds_t, ds_smem, barriers, stage, phase, WARPGROUP: gl.constexpr):
+    """Leave the slopes of 64 keys for the warpgroup that makes dQ of them; return the next stage and its phase."""
+    ds_full, ds_empty = barriers
+    mbarrier.wait(ds_empty.index(stage), phase)
+    ds_smem.index(stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(stage), count=1)
+    return next_stage(stage, phase, ds_smem.shape[0])
 
 
 @gluon.jit
@@ -45,7 +56,6 @@ def _consume(
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
     count_smem, ds_smem = own
     keys_full, keys_empty, full, empty = arrivals
-    ds_full, ds_empty = barriers
     heads, group, kv_in_all, together = shape
     DTYPE: gl.constexpr = q_smem.dtype
     KEY_STAGES: gl.constexpr = k_smem.shape[0]
@@ -53,11 +63,10 @@ def _consume(
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     D: gl.constexpr = k_smem.shape[2]
-    SLOPE_STAGES: gl.constexpr = ds_smem.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    queries = (q_smem, grad_smem, lse_smem, delta_smem, count_smem)
     stage = 0
     phase = 0
     slope_stage = 0
@@ -65,7 +74,7 @@ def _consume(
     key_stage = 0
     key_phase = 0
     mbarrier.wait(keys_full.index(0), 0)
-    more = told(notes, 0, 0, 4) > 0
+    more = told(notes, 0, 0) > 0
     while more:
         in_sinks, i_b, i_h, first = told_place(notes, key_stage)
         tiles, from_row, to_row, all_start, all_stop = told_walk(notes, key_stage)
@@ -80,37 +89,22 @@ def _consume(
         dv = gl.zeros([64, D], gl.float32, SUMS)
         row = from_row
         mbarrier.wait(full.index(stage), phase)
-        s_t = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        dp_t = warpgroup_mma(v, grad_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
-        p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, 1, False)
+        p_t, ds_t = slopes(k, v, queries, stage, row, edges, scale2, False)
         p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
         ds_operand = gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True)
-        mbarrier.wait(ds_empty.index(slope_stage), slope_phase)
-        ds_smem.index(slope_stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t.to(DTYPE))
-        fence_async_shared()
-        mbarrier.arrive(ds_full.index(slope_stage), count=1)
-        slope_stage, slope_phase = next_stage(slope_stage, slope_phase, SLOPE_STAGES)
+        slope_stage, slope_phase = _hand_on(ds_t.to(DTYPE), ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         for _ in range(group * tiles - 1):
             row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
             before = stage
             stage, phase = next_stage(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
-            s_t = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-            dp_t = warpgroup_mma(v, grad_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-            dv = warpgroup_mma(p_operand, grad_smem.index(before), dv, is_async=True)
-            dk = warpgroup_mma(ds_operand, q_smem.index(before), dk, is_async=True)
-            terms = (lse_smem.index(stage), delta_smem.index(stage), count_smem)
-            p_t, ds_t = weigh(s_t, dp_t, row, terms, edges, scale2, BLOCK_M, 3, False)
-            dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+            p_t, ds_t, dk, dv = slopes_beside(
+                k, v, queries, stage, row, edges, scale2, p_operand, ds_operand, before, dk, dv, False
+            )
             mbarrier.arrive(empty.index(before), count=1)
             p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
             ds_operand = gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True)
-            mbarrier.wait(ds_empty.index(slope_stage), slope_phase)
-            ds_smem.index(slope_stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t.to(DTYPE))
-            fence_async_shared()
-            mbarrier.arrive(ds_full.index(slope_stage), count=1)
-            slope_stage, slope_phase = next_stage(slope_stage, slope_phase, SLOPE_STAGES)
+            slope_stage, slope_phase = _hand_on(ds_t.to(DTYPE), ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         dv = warpgroup_mma(p_operand, grad_smem.index(stage), dv, is_async=True)
         dk = warpgroup_mma(ds_operand, q_smem.index(stage), dk, is_async=True)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
@@ -123,7 +117,7 @@ def _consume(
         mbarrier.arrive(keys_empty.index(key_stage), count=1)
         key_stage, key_phase = next_stage(key_stage, key_phase, KEY_STAGES)
         mbarrier.wait(keys_full.index(key_stage), key_phase)
-        more = told(notes, key_stage, 0, 4) > 0
+        more = told(notes, key_stage, 0) > 0
 
 
 @gluon.jit
@@ -153,7 +147,7 @@ def _fold_and_add(
     key_stage = 0
     key_phase = 0
     mbarrier.wait(keys_full.index(0), 0)
-    more = told(notes, 0, 0, 4) > 0
+    more = told(notes, 0, 0) > 0
     while more:
         i_work = told_work(notes, key_stage)
         in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
@@ -198,7 +192,7 @@ def _fold_and_add(
         mbarrier.arrive(keys_empty.index(key_stage), count=1)
         key_stage, key_phase = next_stage(key_stage, key_phase, KEY_STAGES)
         mbarrier.wait(keys_full.index(key_stage), key_phase)
-        more = told(notes, key_stage, 0, 4) > 0
+        more = told(notes, key_stage, 0) > 0
     tma.store_wait(0)
 
 

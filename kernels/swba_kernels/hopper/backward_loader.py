@@ -108,7 +108,7 @@ def load_pieces(
         in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
         tiles, from_row, to_row, all_start, all_stop = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
         mbarrier.wait(keys_empty.index(key_stage), key_phase)
-        tell((tiles, in_sinks, i_b, i_h, first, from_row, to_row, all_start, all_stop, i_work), notes, key_stage, 4)
+        tell((tiles, in_sinks, i_b, i_h, first, from_row, to_row, all_start, all_stop, i_work), notes, key_stage)
         k = k_smem.index(key_stage)
         _load_keys(k_desc, v_desc, (i_b, i_h, first), k, v_smem, key_stage * 2, keys_full.index(key_stage))
         key_stage, key_phase = next_stage(key_stage, key_phase, KEY_STAGES)
@@ -120,27 +120,27 @@ def load_pieces(
         if gl.num_programs(0) < all_work:
             i_work = gl.atomic_add(p_ticket, 1)
     mbarrier.wait(keys_empty.index(key_stage), key_phase)
-    tell((0, 0), notes, key_stage, 4)
+    tell((0, 0), notes, key_stage)
     mbarrier.arrive(keys_full.index(key_stage), count=1)
 
 
 @gluon.jit
 def told_place(notes, key_stage):
     """Return (in_sinks, batch row, kv head, first key) of the piece of work whose keys are in a stage."""
-    in_sinks = told(notes, key_stage, 1, 4) != 0
-    return in_sinks, told(notes, key_stage, 2, 4), told(notes, key_stage, 3, 4), told(notes, key_stage, 4, 4)
+    in_sinks = told(notes, key_stage, 1) != 0
+    return in_sinks, told(notes, key_stage, 2), told(notes, key_stage, 3), told(notes, key_stage, 4)
 
 
 @gluon.jit
 def told_walk(notes, key_stage):
     """Return (tiles, from_row, to_row, all_start, all_stop) as `walk_grid` does; no tiles mean that no work is left."""
     return (
-        told(notes, key_stage, 0, 4), told(notes, key_stage, 5, 4), told(notes, key_stage, 6, 4),
-        told(notes, key_stage, 7, 4), told(notes, key_stage, 8, 4),
+        told(notes, key_stage, 0), told(notes, key_stage, 5), told(notes, key_stage, 6),
+        told(notes, key_stage, 7), told(notes, key_stage, 8),
     )  # fmt: skip
 
 
 @gluon.jit
 def told_work(notes, key_stage):
     """Return the number of the piece of work whose keys are in a stage."""
-    return told(notes, key_stage, 9, 4)
+    return told(notes, key_stage, 9)

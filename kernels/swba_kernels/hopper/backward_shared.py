@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .compat import box, cta_barrier, tma_load, tma_store, view
 
@@ -129,6 +129,47 @@ def weigh(
         p_t = gl.where(visible, p_t, 0.0)
         slope = gl.where(visible, slope, 0.0)
     return p_t, p_t * slope
+
+
+@gluon.jit
+def _issue_scores(k, v, queries, stage):
+    """Start S^T = K Q^T and dP^T = V dO^T for the tile of queries in a stage."""
+    q_smem, grad_smem, _, _, _ = queries
+    BLOCK_M: gl.constexpr = q_smem.shape[1]
+    none = gl.zeros([64, BLOCK_M], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16]))
+    s_t = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+    dp_t = warpgroup_mma(v, grad_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+    return s_t, dp_t
+
+
+@gluon.jit
+def _terms_of(queries, stage):
+    _, _, lse_smem, delta_smem, count_smem = queries
+    return lse_smem.index(stage), delta_smem.index(stage), count_smem
+
+
+@gluon.jit
+def slopes(k, v, queries, stage, row, edges, scale2, SLIDES: gl.constexpr):
+    """Return (P^T, dS^T), as `weigh`, of the tile of queries in a stage: nothing else runs beside.
+
+    `queries` are the stages of q, dout and both row terms, and the buffer that counts.
+    """
+    s_t, dp_t = _issue_scores(k, v, queries, stage)
+    return weigh(s_t, dp_t, row, _terms_of(queries, stage), edges, scale2, queries[0].shape[1], 1, SLIDES)
+
+
+@gluon.jit
+def slopes_beside(
+    k, v, queries, stage, row, edges, scale2, p_operand, ds_operand, before, dk, dv, SLIDES: gl.constexpr
+):  # fmt: skip
+    """Return (P^T, dS^T, dk, dv): `slopes`, beside which the tile in stage `before` is folded into dk and dv."""
+    q_smem, grad_smem, _, _, _ = queries
+    s_t, dp_t = _issue_scores(k, v, queries, stage)
+    dv = warpgroup_mma(p_operand, grad_smem.index(before), dv, is_async=True)
+    dk = warpgroup_mma(ds_operand, q_smem.index(before), dk, is_async=True)
+    p_t, ds_t = weigh(s_t, dp_t, row, _terms_of(queries, stage), edges, scale2, q_smem.shape[1], 3, SLIDES)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    return p_t, ds_t, dk, dv
 
 
 @gluon.jit

@@ -361,7 +361,7 @@ def consume(
     if TURNS and GROUP == GROUPS - 1:
         named_arrive(TURN, 256)
     mbarrier.wait(bars.q_full.index(0), 0)
-    more = told(buffers.notes, 0, 0, 4) >= 0
+    more = told(buffers.notes, 0, 0) >= 0
     while more:
         item = told_item(buffers.notes, q_stage)
         row = item.row + GROUP * 64
@@ -381,7 +381,7 @@ def consume(
             )
         q_stage, q_phase = next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
         mbarrier.wait(bars.q_full.index(q_stage), q_phase)
-        more = told(buffers.notes, q_stage, 0, 4) >= 0
+        more = told(buffers.notes, q_stage, 0) >= 0
     if TURNS and GROUP == 0:
         named_sync(TURN, 256)
     tma.store_wait(0)

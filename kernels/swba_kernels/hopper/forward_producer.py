@@ -57,7 +57,7 @@ def _copy_queries(desc, item, buffers, bars, q_stage, q_phase):
     D: gl.constexpr = buffers.out.shape[2]
     q_full = bars.q_full.index(q_stage)
     mbarrier.wait(bars.q_empty.index(q_stage), q_phase)
-    tell(item, buffers.notes, q_stage, 4)
+    tell(item, buffers.notes, q_stage)
     mbarrier.expect(q_full, GROUPS * 64 * D * 2)
     for g in gl.static_range(GROUPS):
         buffer = box(buffers.q.index(q_stage * GROUPS + g), 64, D)
@@ -117,5 +117,5 @@ def produce(
                 stage, phase = _copy(inputs.ring_k, inputs.ring_v, lane, i_kv, 0, kept, buffers, bars, stage, phase)
         at = next_item(call)
     mbarrier.wait(bars.q_empty.index(q_stage), q_phase)
-    tell(Item(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0), buffers.notes, q_stage, 4)
+    tell(Item(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0), buffers.notes, q_stage)
     mbarrier.arrive(bars.q_full.index(q_stage), count=1)

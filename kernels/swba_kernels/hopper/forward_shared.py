@@ -94,9 +94,9 @@ def next_item(call):
 def told_item(notes, q_stage):
     """Return the Item that belongs to a stage of queries; a negative row says that none is left."""
     return Item(
-        told(notes, q_stage, 0, 4), told(notes, q_stage, 1, 4), told(notes, q_stage, 2, 4), told(notes, q_stage, 3, 4),
-        told(notes, q_stage, 4, 4), told(notes, q_stage, 5, 4), told(notes, q_stage, 6, 4), told(notes, q_stage, 7, 4),
-        told(notes, q_stage, 8, 4), told(notes, q_stage, 9, 4),
+        told(notes, q_stage, 0), told(notes, q_stage, 1), told(notes, q_stage, 2), told(notes, q_stage, 3),
+        told(notes, q_stage, 4), told(notes, q_stage, 5), told(notes, q_stage, 6), told(notes, q_stage, 7),
+        told(notes, q_stage, 8), told(notes, q_stage, 9),
     )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ def notes_of(STAGES: gl.constexpr):
 
 
 @gluon.jit
-def tell(values, notes, stage, WARPS: gl.constexpr):
-    """Write a tuple of at most 16 integers; called by a partition of WARPS warps."""
-    at = gl.arange(0, 16, layout=gl.BlockedLayout([16], [32], [WARPS], [0]))
+def tell(values, notes, stage):
+    """Write a tuple of at most 16 integers; called by a partition of four warps."""
+    at = gl.arange(0, 16, layout=gl.BlockedLayout([16], [32], [4], [0]))
     note = gl.full_like(at, 0)
     for i in gl.static_range(len(values)):
         note = gl.where(at == i, values[i], note)
@@ -30,7 +30,7 @@ def tell(values, notes, stage, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def told(notes, stage, FIELD: gl.constexpr, WARPS: gl.constexpr):
-    """Return one integer of a note; called by a partition of WARPS warps."""
-    note = notes.index(stage).load(gl.BlockedLayout([16], [32], [WARPS], [0]))
+def told(notes, stage, FIELD: gl.constexpr):
+    """Return one integer of a note; called by a partition of four warps."""
+    note = notes.index(stage).load(gl.BlockedLayout([16], [32], [4], [0]))
     return gl.sum(gl.where(gl.arange(0, 16, layout=note.type.layout) == FIELD, note, 0), 0)
