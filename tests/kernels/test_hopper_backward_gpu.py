@@ -35,14 +35,14 @@ CASES = [
 ]
 
 
-MODES = ["split", "in turn", "in long turns", "fastest"]
+MODES = ["split", "in turn", "fastest"]
 
 
 def mode_options(mode: str, head_dim: int) -> dict:
     """Return what makes a backward run in one of its ways, all but the last of which are deterministic."""
-    from swba_kernels.hopper.backward import FAST, IN_LONG_TURNS, IN_TURN, SPLIT
+    from swba_kernels.hopper.backward import FAST, IN_TURN, SPLIT
 
-    tables = {"split": SPLIT, "in turn": IN_TURN, "in long turns": IN_TURN | IN_LONG_TURNS, "fastest": FAST}
+    tables = {"split": SPLIT, "in turn": IN_TURN, "fastest": FAST}
     return {"config": tables[mode][head_dim]}
 
 

@@ -19,7 +19,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")]
 
 EDGES = [1, 63, 64, 65, 127, 128, 129, 1560]
-MODES = ["split", "in turn", "in long turns", "fastest"]  # all but the last are deterministic
+MODES = ["split", "in turn", "fastest"]  # all but the last are deterministic
 
 
 @pytest.fixture(autouse=True)
@@ -257,11 +257,11 @@ def test_prefill_through_the_public_function() -> None:
 
 def gradients(inputs: tuple[Tensor, ...], dout: Tensor, pattern: BlockWindow, mode: str) -> tuple[Tensor, ...]:
     """Return dq, dk, dv and dq_sink."""
-    from swba_kernels.hopper.backward import FAST, IN_LONG_TURNS, IN_TURN, SPLIT, backward
+    from swba_kernels.hopper.backward import FAST, IN_TURN, SPLIT, backward
 
     q, k, v, q_sink = inputs
     out, lse = forward(*inputs, pattern)
-    tables = {"split": SPLIT, "in turn": IN_TURN, "in long turns": IN_TURN | IN_LONG_TURNS, "fastest": FAST}
+    tables = {"split": SPLIT, "in turn": IN_TURN, "fastest": FAST}
     config = tables[mode][q.shape[-1]]
     options = {"scale": q.shape[-1] ** -0.5, "q_sink": q_sink, "config": config}
     return backward(dout, q, k, v, out, lse, **options, **sizes(pattern))

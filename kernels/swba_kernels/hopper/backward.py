@@ -51,8 +51,7 @@ class Fused(NamedTuple):
 
     Pipeline stages of the queries and (at head dim 64) of dS on its way to the warpgroup that makes dQ of it, registers
     of a consumer's thread, how many kv heads run side by side at most, and for how many queries a program takes its
-    turn to add (by key, so that the sums have the same bits every time; 0: it adds at once). At head dim 64 whether a
-    program goes on with another tile of keys when it is through with one.
+    turn to add (by key, so that the sums have the same bits every time; 0: it adds at once).
     """
 
     stages: int
@@ -60,7 +59,6 @@ class Fused(NamedTuple):
     registers: int
     together: int
     turn_rows: int = 0
-    persistent: bool = True
 
     def side_by_side(self, heads: int) -> int:
         """Return how many of all `heads` run side by side: groups of equal size, or nearly so."""
@@ -80,21 +78,13 @@ IN_TURN = {
     64: FAST[64]._replace(turn_rows=256),
     128: FAST[128]._replace(turn_rows=64),
 }
-IN_LONG_TURNS = {64: IN_TURN[64]._replace(turn_rows=512, persistent=False)}
-_MANY_HEADS = 17  # side by side: a GPU is then at few key tiles of each, which seldom wait for each other
 
 
-def choose_config(head_dim: int, deterministic: bool, waves: float, heads: int) -> Split | Fused:
-    """Return the configuration for `waves` times as many programs of the fused kernel as a GPU runs at once.
-
-    `heads` are the kv heads of the whole batch.
-    """
+def choose_config(head_dim: int, deterministic: bool, waves: float) -> Split | Fused:
+    """Return the configuration for `waves` times as many programs of the fused kernel as a GPU runs at once."""
     if not deterministic:
         return FAST[head_dim]
-    if waves < FEWEST_WAVES:
-        return SPLIT[head_dim]
-    config = IN_TURN[head_dim]
-    return IN_LONG_TURNS.get(head_dim, config) if config.side_by_side(heads) >= _MANY_HEADS else config
+    return (SPLIT if waves < FEWEST_WAVES else IN_TURN)[head_dim]
 
 
 @triton.jit(
@@ -318,8 +308,7 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         fused_kernel[(work,)](*arguments, **constants)
     else:
         rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
-        programs = min(work, multiprocessors(q.device)) if config.persistent else work
-        fused_narrow_kernel[(programs,)](
+        fused_narrow_kernel[(min(work, multiprocessors(q.device)),)](
             *arguments, work, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants
         )
     parts = sums.chunk(1 + apart)
@@ -376,7 +365,7 @@ def backward(
     pattern = (n, min(block_size, n - grid_start), min(window, n), min(sink, n), grid_start)
     call = _Call(q, q_sink, k, v, dout, lse2, delta, scale, pattern)
     if config is None:
-        config = choose_config(q.shape[3], deterministic, waves_of_backward(q, k), q.shape[0] * k.shape[1])
+        config = choose_config(q.shape[3], deterministic, waves_of_backward(q, k))
     if isinstance(config, Split):
         _split(call, config, grads)
     else:

@@ -198,14 +198,14 @@ def dq_kernel(
     shape = (heads, group, tiles, rest, rest_programs)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
             (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 0)),
             (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 1)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
             (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 0)),
             (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 1)),
             (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 2)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -30,16 +31,25 @@ from .backward_shared import (
     row_box,
     row_terms,
     seen_buffer,
+    send_gradients,
     store_gradients,
 )
+from .compat import named_arrive, named_sync
 from .pipeline import counting
+
+START = gl.constexpr(12)  # hardware barriers START + i: consumer i may start the matmuls of a tile
 
 
 @gluon.jit
-def _hand_over(dq, dq_smem, dq_full, dq_empty, phase, WARPGROUP: gl.constexpr):
+def _hand_over(dq, dq_smem, dq_empty, phase, WARPGROUP: gl.constexpr):
     """Write 64 columns of dQ to where the adding warp reads them."""
     mbarrier.wait(dq_empty, phase)
     dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
+
+
+@gluon.jit
+def _announce(dq_full):
+    """Tell the adding warp that 64 columns of dQ are there."""
     fence_async_shared()
     mbarrier.arrive(dq_full, count=1)
 
@@ -57,6 +67,10 @@ def _consume(
     dQ comes one tile late, when the other warpgroup has long written its dS: they hardly wait for each other. The first
     dQ is made of whatever shared memory held, and dropped. dV is issued before dP is waited for: else the assembler
     moves that wait above the exponentials, and the tensor cores have nothing of this warpgroup's to do meanwhile.
+
+    Where sums are added in any order, the two start their tiles by turns, dQ is announced before dP is issued, and
+    gradients go out last. Added in turn (DOWN), it is faster to issue dP first, and to send gradients beside the last
+    dQ. Each is slower in the other's place.
     """
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
     count_smem, seen_smem, ds_smem, dq_smem = own
@@ -91,18 +105,28 @@ def _consume(
     count = group * tiles
     row = from_row
     mbarrier.wait(keys_full, 0)
+    if not DOWN and WARPGROUP == 1:
+        named_arrive(START, 256)
     for i in range(count):
         stage = i & 1
         before = stage ^ 1
         q = q_smem.index(stage)
         grad = grad_smem.index(stage)
         mbarrier.wait(ds_full.index(before), ((i - 1) >> 1) & 1)
+        if not DOWN:
+            named_sync(START + WARPGROUP, 256)
         dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
         mbarrier.wait(full.index(stage), (i >> 1) & 1)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        _hand_over(dq, dq_smem, dq_full, dq_empty, before, WARPGROUP)
+        _hand_over(dq, dq_smem, dq_empty, before, WARPGROUP)
+        if not DOWN:
+            _announce(dq_full)
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
+        if DOWN:
+            _announce(dq_full)
+        else:
+            named_arrive(START + 1 - WARPGROUP, 256)
         lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
         s_t = warpgroup_mma_wait(1, deps=(s_t,))
         p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, edges)
@@ -117,13 +141,23 @@ def _consume(
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
         row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
+    if not DOWN and WARPGROUP == 0:
+        named_sync(START, 256)
     before = (count & 1) ^ 1
     mbarrier.wait(ds_full.index(before), ((count - 1) >> 1) & 1)
     dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
-    _hand_over(dq, dq_smem, dq_full, dq_empty, before, WARPGROUP)
     first += WARPGROUP * 64
-    store_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, v, Q_SINK)
+    if DOWN:
+        # Both warpgroups are through with the stage of queries that came before the last one.
+        spare = (q_smem if WARPGROUP == 0 else grad_smem).index(before ^ 1)
+        send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, spare, v, Q_SINK)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    _hand_over(dq, dq_smem, dq_empty, before, WARPGROUP)
+    _announce(dq_full)
+    if DOWN:
+        tma.store_wait(0)
+    else:
+        store_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, v, Q_SINK)
 
 
 @gluon.jit(

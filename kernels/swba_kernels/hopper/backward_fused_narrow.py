@@ -253,9 +253,9 @@ def fused_narrow_kernel(
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all, together)
     gl.warp_specialize([
-        (load_pieces, (inputs, loaded, arrivals, notes, p_ticket, all_work, pattern, shape, DOWN, Q_SINK)),
         (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, DOWN, Q_SINK, 0)),
         (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, DOWN, Q_SINK, 1)),
         (_fold_and_add, (sum_desc, k_smem, ds_smem, dq_smem, (keys_full, keys_empty), barriers, p_turns, notes,
                          pattern, shape, TURN_ROWS, DOWN, Q_SINK)),
-    ], [4, 4, 4], [REGISTERS, REGISTERS, SUM_REGISTERS])  # fmt: skip
+        (load_pieces, (inputs, loaded, arrivals, notes, p_ticket, all_work, pattern, shape, DOWN, Q_SINK)),
+    ], [4, 4, 1], [REGISTERS, SUM_REGISTERS, 24])  # fmt: skip

@@ -192,6 +192,20 @@ def store_tile_apart(desc, sink_desc, in_sinks, i_b, i_h, row, x, buffer, D: gl.
 
 
 @gluon.jit
+def send_gradients(outputs, in_sinks, i_b, i_h, row, dk, dv, scale2, dk_buffer, dv_buffer, Q_SINK: gl.constexpr):
+    """Start to send dk, times the scale, and dv of 64 keys to global memory, each by a buffer that nobody reads."""
+    dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
+    DTYPE: gl.constexpr = dv_buffer.dtype
+    D: gl.constexpr = dv_buffer.shape[1]
+    if Q_SINK:
+        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, row, dv.to(DTYPE), dv_buffer, D)
+        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, row, (dk * (scale2 * LN2)).to(DTYPE), dk_buffer, D)
+    else:
+        store_tile(dv_desc, i_b, i_h, row, dv.to(DTYPE), dv_buffer, D)
+        store_tile(dk_desc, i_b, i_h, row, (dk * (scale2 * LN2)).to(DTYPE), dk_buffer, D)
+
+
+@gluon.jit
 def store_gradients(outputs, in_sinks, i_b, i_h, row, dk, dv, scale2, buffer, Q_SINK: gl.constexpr):
     """Send dv and then dk, times the scale, of 64 keys to global memory by a buffer that only this warpgroup read."""
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs

@@ -375,23 +375,23 @@ def decode_persistent(
     # fmt: off
     if W == 2:
         gl.warp_specialize([
-            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 0)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 1)),
-        ], [4, 4], [REGISTERS, REGISTERS])
+            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
+        ], [4, 1], [REGISTERS, 24])
     elif W == 3:
         gl.warp_specialize([
-            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 0)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 1)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 2)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])
+            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 0)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 1)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 2)),
             (_consumer, (results, table, sizes, scale2, queries, keys, W, BN, D, TURNS, HAS_LANES, Q_SINK, 3)),
-        ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])
+            (_producer, (inputs, table, sizes, queries, keys, W, BN, HAS_LANES, Q_SINK)),
+        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])
     # fmt: on

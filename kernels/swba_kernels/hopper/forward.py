@@ -80,25 +80,25 @@ def _forward(
     # Constants cannot sit in a tuple bound to a name, so the argument lists are spelled out.
     if GROUPS == 2:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif GROUPS == 3:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 2)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 2)),
             (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 3)),
-        ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
 class Config(NamedTuple):

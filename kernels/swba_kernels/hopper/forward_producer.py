@@ -1,4 +1,4 @@
-"""The producer of the Hopper forward: one warp's worth of work that copies tiles by TMA."""
+"""The producer of the Hopper forward: one warp that copies tiles by TMA."""
 
 from __future__ import annotations
 

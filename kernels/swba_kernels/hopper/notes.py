@@ -20,8 +20,8 @@ def notes_of(STAGES: gl.constexpr):
 
 @gluon.jit
 def tell(values, notes, stage):
-    """Write a tuple of at most 16 integers; called by a partition of four warps."""
-    at = gl.arange(0, 16, layout=gl.BlockedLayout([16], [32], [4], [0]))
+    """Write a tuple of at most 16 integers; called by a whole partition."""
+    at = gl.arange(0, 16, layout=gl.BlockedLayout([16], [32], [gl.num_warps()], [0]))
     note = gl.full_like(at, 0)
     for i in gl.static_range(len(values)):
         note = gl.where(at == i, values[i], note)
