@@ -32,6 +32,7 @@ CASES = [
     Case(BlockWindow(64, 64), 1, head_dim=128, batch=3),
     Case(BlockWindow(7, 40, 3, 2), 300, heads=4, kv_heads=1, head_dim=64),
     Case(BlockWindow(1, 1), 200, head_dim=128),
+    Case(BlockWindow(200, 500), 1001, heads=2, kv_heads=2, head_dim=128),  # walks of 13 and 7 tiles of queries
 ]
 
 

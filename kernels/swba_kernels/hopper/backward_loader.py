@@ -1,4 +1,4 @@
-"""The warps of a fused backward kernel that load: a tile of keys and values, then the queries that see it.
+"""The warp of a fused backward kernel that loads: a tile of keys and values, then the queries that see it.
 
 A piece of work is a tile of keys of one head. At head dim 128 a CTA has one; at 64, where there is room for the keys of
 two, the next one's come while this one is computed, and a note tells the other warps which piece they belong to.

@@ -174,7 +174,7 @@ def slopes_beside(
 
 @gluon.jit
 def store_tile(desc, i_b, i_h, row, x, buffer, D: gl.constexpr):
-    """Send 64 rows to global memory through a buffer that only this warpgroup has read; rows past the end are cut."""
+    """Send 64 rows to global memory through a buffer that no other warpgroup reads; rows past the end are cut."""
     cta_barrier()
     buffer.store(x)
     fence_async_shared()
