@@ -19,15 +19,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .backward_ranges import latest_row, pattern_of, place_apart, queries_of, query_walk
 from .backward_shared import (
     LN2,
+    fold,
     keep_seen,
     load_queries,
     load_row_terms,
+    operands,
     row_box,
     seen_buffer,
     slopes,
     slopes_beside,
     store_tile,
-    store_tile_apart,
 )
 from .compat import box, tma_load
 from .pipeline import counting, next_stage
@@ -116,25 +117,16 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
     phase = 0
     row = start
     mbarrier.wait(keys_full, 0)
-    if D == 64 and WARPGROUPS == 2:
+    if D == 64:
         mbarrier.wait(full.index(0), 0)
-        p_t, ds_t = slopes(k, v, queries, 0, row, edges, scale2, True)
-        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-        ds_operand = gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True)
+        p_operand, ds_operand, _ds_t = operands(*slopes(k, v, queries, 0, row, edges, scale2, True), queries)
         for _ in range(count - 1):
             row += BLOCK_M
             row = gl.where(row < stop, row, start)
-            before = stage
-            stage, phase = next_stage(stage, phase, STAGES)
-            mbarrier.wait(full.index(stage), phase)
-            p_t, ds_t, dk, dv = slopes_beside(
-                k, v, queries, stage, row, edges, scale2, p_operand, ds_operand, before, dk, dv, True
+            p_operand, ds_operand, _ds_t, dk, dv, stage, phase = slopes_beside(
+                k, v, queries, (full, empty), stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv, True
             )
-            mbarrier.arrive(empty.index(before), count=1)
-            p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-            ds_operand = gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True)
-        dv = warpgroup_mma(p_operand, grad_smem.index(stage), dv, is_async=True)
-        dk = warpgroup_mma(ds_operand, q_smem.index(stage), dk, is_async=True)
+        dk, dv = fold(p_operand, ds_operand, queries, stage, dk, dv)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     else:
         for _ in range(count):
@@ -150,12 +142,9 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
             row += BLOCK_M
             row = gl.where(row < stop, row, start)
     first += WARPGROUP * 64
-    if Q_SINK:
-        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), k, D)
-        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, first, dv.to(DTYPE), v, D)
-    else:
-        store_tile(dk_desc, i_b, i_h, first, (dk * (scale2 * LN2)).to(DTYPE), k, D)
-        store_tile(dv_desc, i_b, i_h, first, dv.to(DTYPE), v, D)
+    dk = (dk * (scale2 * LN2)).to(DTYPE)
+    store_tile(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, first, dk, k, Q_SINK)
+    store_tile(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, first, dv.to(DTYPE), v, Q_SINK)
     tma.store_wait(0)
 
 
@@ -167,6 +156,7 @@ def dkv_kernel(
     Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own WARPGROUPS x 64 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first."""
+    gl.static_assert(WARPGROUPS == 2, "consumers are spelled out below")
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [WARPGROUPS, 64, D], TILE)
@@ -191,16 +181,8 @@ def dkv_kernel(
     barriers = (keys_full, full, empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, tiles)
-    if WARPGROUPS == 2:
-        gl.warp_specialize([
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 0)),
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 1)),
-            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 0)),
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 1)),
-            (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 2)),
-            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+    gl.warp_specialize([
+        (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 0)),
+        (_consume, (outputs, buffers, barriers, scale2, pattern, shape, Q_SINK, 1)),
+        (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip

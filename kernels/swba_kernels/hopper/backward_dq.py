@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_ranges import block_end, key_tile, key_walk, key_walk_apart, pattern_of
-from .backward_shared import LN2, clear_past, load_queries, store_tile, store_tile_apart
+from .backward_shared import LN2, clear_past, load_queries, store_tile
 from .compat import box, tma_load
 from .pipeline import counting, next_stage
 
@@ -155,10 +155,8 @@ def _consume(
     dq = warpgroup_mma(ds, k_smem.index(stage), dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
     first += WARPGROUP * 64
-    if Q_SINK:
-        store_tile_apart(dq_desc, dq_sink_desc, in_sinks, i_b, i_h, first, (dq * (scale2 * LN2)).to(DTYPE), q, D)
-    else:
-        store_tile(dq_desc, i_b, i_h, first, (dq * (scale2 * LN2)).to(DTYPE), q, D)
+    dq = (dq * (scale2 * LN2)).to(DTYPE)
+    store_tile(dq_desc, dq_sink_desc, in_sinks, i_b, i_h, first, dq, q, Q_SINK)
     tma.store_wait(0)
 
 
@@ -175,6 +173,7 @@ def dq_kernel(
     Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own WARPGROUPS x 64 queries of one head. Late tiles, which see most, go first."""
+    gl.static_assert(WARPGROUPS == 2, "consumers are spelled out below")
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [WARPGROUPS, 64, D], TILE)
@@ -196,16 +195,8 @@ def dq_kernel(
     barriers = (rows_full, full, empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, tiles, rest, rest_programs)
-    if WARPGROUPS == 2:
-        gl.warp_specialize([
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 0)),
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 1)),
-            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 0)),
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 1)),
-            (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 2)),
-            (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+    gl.warp_specialize([
+        (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 0)),
+        (_consume, (outputs, buffers, barriers, scale2, terms_stride, pattern, shape, Q_SINK, 1)),
+        (_produce, (inputs, buffers, barriers, pattern, shape, Q_SINK)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -32,12 +32,9 @@ from .backward_shared import (
     row_terms,
     seen_buffer,
     send_gradients,
-    store_gradients,
 )
-from .compat import named_arrive, named_sync
 from .pipeline import counting
-
-START = gl.constexpr(12)  # hardware barriers START + i: consumer i may start the matmuls of a tile
+from .starts import await_start, close_starts, open_starts, pass_start
 
 
 @gluon.jit
@@ -82,6 +79,7 @@ def _consume(
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     HALF: gl.constexpr = D // 2
+    STARTS: gl.constexpr = not DOWN
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -105,16 +103,14 @@ def _consume(
     count = group * tiles
     row = from_row
     mbarrier.wait(keys_full, 0)
-    if not DOWN and WARPGROUP == 1:
-        named_arrive(START, 256)
+    open_starts(2, STARTS, WARPGROUP)
     for i in range(count):
         stage = i & 1
         before = stage ^ 1
         q = q_smem.index(stage)
         grad = grad_smem.index(stage)
         mbarrier.wait(ds_full.index(before), ((i - 1) >> 1) & 1)
-        if not DOWN:
-            named_sync(START + WARPGROUP, 256)
+        await_start(STARTS, WARPGROUP)
         dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
         mbarrier.wait(full.index(stage), (i >> 1) & 1)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -125,8 +121,7 @@ def _consume(
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
         if DOWN:
             _announce(dq_full)
-        else:
-            named_arrive(START + 1 - WARPGROUP, 256)
+        pass_start(2, STARTS, WARPGROUP)
         lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
         s_t = warpgroup_mma_wait(1, deps=(s_t,))
         p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, edges)
@@ -141,8 +136,7 @@ def _consume(
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
         row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
-    if not DOWN and WARPGROUP == 0:
-        named_sync(START, 256)
+    close_starts(STARTS, WARPGROUP)
     before = (count & 1) ^ 1
     mbarrier.wait(ds_full.index(before), ((count - 1) >> 1) & 1)
     dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
@@ -150,14 +144,13 @@ def _consume(
     if DOWN:
         # Both warpgroups are through with the stage of queries that came before the last one.
         spare = (q_smem if WARPGROUP == 0 else grad_smem).index(before ^ 1)
-        send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, spare, v, Q_SINK)
+        send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, spare, v, False, Q_SINK)
     dq = warpgroup_mma_wait(0, deps=(dq,))
     _hand_over(dq, dq_smem, dq_empty, before, WARPGROUP)
     _announce(dq_full)
-    if DOWN:
-        tma.store_wait(0)
-    else:
-        store_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, v, Q_SINK)
+    if not DOWN:
+        send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, v, v, True, Q_SINK)
+    tma.store_wait(0)
 
 
 @gluon.jit(

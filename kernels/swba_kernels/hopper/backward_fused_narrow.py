@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .backward_loader import load_pieces, told_place, told_walk, told_work
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import first_tile, hide_others, next_row, number_of, pattern_of, queries_of, walk_grid, work_of
-from .backward_shared import row_box, slopes, slopes_beside, store_gradients
+from .backward_shared import fold, operands, row_box, send_gradients, slopes, slopes_beside
 from .compat import cta_barrier, tma_store, view
 from .notes import notes_of, told
 from .pipeline import counting, next_stage
@@ -57,7 +57,6 @@ def _consume(
     count_smem, ds_smem = own
     keys_full, keys_empty, full, empty = arrivals
     heads, group, kv_in_all, together = shape
-    DTYPE: gl.constexpr = q_smem.dtype
     KEY_STAGES: gl.constexpr = k_smem.shape[0]
     STAGES: gl.constexpr = q_smem.shape[0]
     BLOCK_M: gl.constexpr = q_smem.shape[1]
@@ -65,7 +64,6 @@ def _consume(
     D: gl.constexpr = k_smem.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     queries = (q_smem, grad_smem, lse_smem, delta_smem, count_smem)
     stage = 0
     phase = 0
@@ -89,31 +87,23 @@ def _consume(
         dv = gl.zeros([64, D], gl.float32, SUMS)
         row = from_row
         mbarrier.wait(full.index(stage), phase)
-        p_t, ds_t = slopes(k, v, queries, stage, row, edges, scale2, False)
-        p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-        ds_operand = gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True)
-        slope_stage, slope_phase = _hand_on(ds_t.to(DTYPE), ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
+        p_operand, ds_operand, ds_t = operands(*slopes(k, v, queries, stage, row, edges, scale2, False), queries)
+        slope_stage, slope_phase = _hand_on(ds_t, ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         for _ in range(group * tiles - 1):
             row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
-            before = stage
-            stage, phase = next_stage(stage, phase, STAGES)
-            mbarrier.wait(full.index(stage), phase)
-            p_t, ds_t, dk, dv = slopes_beside(
-                k, v, queries, stage, row, edges, scale2, p_operand, ds_operand, before, dk, dv, False
+            p_operand, ds_operand, ds_t, dk, dv, stage, phase = slopes_beside(
+                k, v, queries, (full, empty), stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv, False
             )
-            mbarrier.arrive(empty.index(before), count=1)
-            p_operand = gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True)
-            ds_operand = gl.convert_layout(ds_t.to(DTYPE), OPERAND, assert_trivial=True)
-            slope_stage, slope_phase = _hand_on(ds_t.to(DTYPE), ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
-        dv = warpgroup_mma(p_operand, grad_smem.index(stage), dv, is_async=True)
-        dk = warpgroup_mma(ds_operand, q_smem.index(stage), dk, is_async=True)
+            slope_stage, slope_phase = _hand_on(ds_t, ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
+        dk, dv = fold(p_operand, ds_operand, queries, stage, dk, dv)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
         # Asked again: through the loop the answers would sit in registers.
         in_sinks, i_b, i_h, first = told_place(notes, key_stage)
         v = v_smem.index(key_stage * 2 + WARPGROUP)
-        store_gradients(outputs, in_sinks, i_b, i_h, first + WARPGROUP * 64, dk, dv, scale2, v, Q_SINK)
+        send_gradients(outputs, in_sinks, i_b, i_h, first + WARPGROUP * 64, dk, dv, scale2, v, v, True, Q_SINK)
+        tma.store_wait(0)
         mbarrier.arrive(keys_empty.index(key_stage), count=1)
         key_stage, key_phase = next_stage(key_stage, key_phase, KEY_STAGES)
         mbarrier.wait(keys_full.index(key_stage), key_phase)

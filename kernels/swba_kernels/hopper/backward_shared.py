@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from .compat import box, cta_barrier, tma_load, tma_store, view
+from .pipeline import next_stage
 
 LN2 = gl.constexpr(0.6931471805599453)
 ROW_COPIES = gl.constexpr(4)  # float32 numbers in the 16 bytes at whose multiples a TMA box may start
@@ -149,6 +156,19 @@ def _terms_of(queries, stage):
 
 
 @gluon.jit
+def operands(p_t, ds_t, queries):
+    """Return P^T and dS^T, rounded, as operands of the matmuls with dout and q, and dS^T itself."""
+    q_smem, _, _, _, _ = queries
+    OPERAND: gl.constexpr = gl.DotOperandLayout(
+        0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, q_smem.shape[2], 16]), 2
+    )
+    p_t = p_t.to(q_smem.dtype)
+    ds_t = ds_t.to(q_smem.dtype)
+    p_operand = gl.convert_layout(p_t, OPERAND, assert_trivial=True)
+    return p_operand, gl.convert_layout(ds_t, OPERAND, assert_trivial=True), ds_t
+
+
+@gluon.jit
 def slopes(k, v, queries, stage, row, edges, scale2, SLIDES: gl.constexpr):
     """Return (P^T, dS^T), as `weigh`, of the tile of queries in a stage: nothing else runs beside.
 
@@ -159,64 +179,68 @@ def slopes(k, v, queries, stage, row, edges, scale2, SLIDES: gl.constexpr):
 
 
 @gluon.jit
-def slopes_beside(
-    k, v, queries, stage, row, edges, scale2, p_operand, ds_operand, before, dk, dv, SLIDES: gl.constexpr
-):  # fmt: skip
-    """Return (P^T, dS^T, dk, dv): `slopes`, beside which the tile in stage `before` is folded into dk and dv."""
+def fold(p_operand, ds_operand, queries, stage, dk, dv):
+    """Start dV += P^T dO and dK += dS^T Q for the tile of queries in a stage."""
     q_smem, grad_smem, _, _, _ = queries
-    s_t, dp_t = _issue_scores(k, v, queries, stage)
-    dv = warpgroup_mma(p_operand, grad_smem.index(before), dv, is_async=True)
-    dk = warpgroup_mma(ds_operand, q_smem.index(before), dk, is_async=True)
-    p_t, ds_t = weigh(s_t, dp_t, row, _terms_of(queries, stage), edges, scale2, q_smem.shape[1], 3, SLIDES)
-    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-    return p_t, ds_t, dk, dv
+    dv = warpgroup_mma(p_operand, grad_smem.index(stage), dv, is_async=True)
+    return warpgroup_mma(ds_operand, q_smem.index(stage), dk, is_async=True), dv
 
 
 @gluon.jit
-def store_tile(desc, i_b, i_h, row, x, buffer, D: gl.constexpr):
-    """Send 64 rows to global memory through a buffer that no other warpgroup reads; rows past the end are cut."""
+def slopes_beside(
+    k, v, queries, barriers, stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv, SLIDES: gl.constexpr
+):  # fmt: skip
+    """Step to the next stage and return the `operands` of its `slopes`, dk, dv, and that stage with its phase.
+
+    Beside it the tile in the stage before is folded into dk and dv, and the stage given back.
+    """
+    full, empty = barriers
+    before = stage
+    stage, phase = next_stage(stage, phase, queries[0].shape[0])
+    mbarrier.wait(full.index(stage), phase)
+    s_t, dp_t = _issue_scores(k, v, queries, stage)
+    dk, dv = fold(p_operand, ds_operand, queries, before, dk, dv)
+    p_t, ds_t = weigh(s_t, dp_t, row, _terms_of(queries, stage), edges, scale2, queries[0].shape[1], 3, SLIDES)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    mbarrier.arrive(empty.index(before), count=1)
+    p_operand, ds_operand, ds_t = operands(p_t, ds_t, queries)
+    return p_operand, ds_operand, ds_t, dk, dv, stage, phase
+
+
+@gluon.jit
+def _store_rows(desc, i_b, i_h, row, x, buffer):
     cta_barrier()
     buffer.store(x)
     fence_async_shared()
     cta_barrier()
-    tma_store(desc, [i_b, i_h, row, 0], box(buffer, 64, D))
+    tma_store(desc, [i_b, i_h, row, 0], box(buffer, 64, buffer.shape[1]))
 
 
 @gluon.jit
-def store_tile_apart(desc, sink_desc, in_sinks, i_b, i_h, row, x, buffer, D: gl.constexpr):
-    """Send 64 rows as `store_tile`: sinks by a descriptor that ends where they end, for others own the rows behind."""
-    if in_sinks:
-        store_tile(sink_desc, i_b, i_h, row, x, buffer, D)
+def store_tile(desc, sink_desc, in_sinks, i_b, i_h, row, x, buffer, Q_SINK: gl.constexpr):
+    """Start to send 64 rows to global memory by a buffer that no other warpgroup reads; rows past the end are cut.
+
+    With Q_SINK sinks go by a descriptor that ends where they end: for others own the rows behind.
+    """
+    if Q_SINK:
+        if in_sinks:
+            _store_rows(sink_desc, i_b, i_h, row, x, buffer)
+        else:
+            _store_rows(desc, i_b, i_h, row, x, buffer)
     else:
-        store_tile(desc, i_b, i_h, row, x, buffer, D)
+        _store_rows(desc, i_b, i_h, row, x, buffer)
 
 
 @gluon.jit
-def send_gradients(outputs, in_sinks, i_b, i_h, row, dk, dv, scale2, dk_buffer, dv_buffer, Q_SINK: gl.constexpr):
-    """Start to send dk, times the scale, and dv of 64 keys to global memory, each by a buffer that nobody reads."""
+def send_gradients(
+    outputs, in_sinks, i_b, i_h, row, dk, dv, scale2, dk_buffer, dv_buffer, ONE_BUFFER: gl.constexpr,
+    Q_SINK: gl.constexpr,
+):  # fmt: skip
+    """Start to send dv and then dk, times the scale, of 64 keys to global memory, one after the other by ONE_BUFFER."""
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
     DTYPE: gl.constexpr = dv_buffer.dtype
-    D: gl.constexpr = dv_buffer.shape[1]
-    if Q_SINK:
-        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, row, dv.to(DTYPE), dv_buffer, D)
-        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, row, (dk * (scale2 * LN2)).to(DTYPE), dk_buffer, D)
-    else:
-        store_tile(dv_desc, i_b, i_h, row, dv.to(DTYPE), dv_buffer, D)
-        store_tile(dk_desc, i_b, i_h, row, (dk * (scale2 * LN2)).to(DTYPE), dk_buffer, D)
-
-
-@gluon.jit
-def store_gradients(outputs, in_sinks, i_b, i_h, row, dk, dv, scale2, buffer, Q_SINK: gl.constexpr):
-    """Send dv and then dk, times the scale, of 64 keys to global memory by a buffer that only this warpgroup read."""
-    dk_desc, dv_desc, dk_sink_desc, dv_sink_desc = outputs
-    DTYPE: gl.constexpr = buffer.dtype
-    D: gl.constexpr = buffer.shape[1]
-    if Q_SINK:
-        store_tile_apart(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, row, dv.to(DTYPE), buffer, D)
+    store_tile(dv_desc, dv_sink_desc, in_sinks, i_b, i_h, row, dv.to(DTYPE), dv_buffer, Q_SINK)
+    if ONE_BUFFER:
         tma.store_wait(0)
-        store_tile_apart(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, row, (dk * (scale2 * LN2)).to(DTYPE), buffer, D)
-    else:
-        store_tile(dv_desc, i_b, i_h, row, dv.to(DTYPE), buffer, D)
-        tma.store_wait(0)
-        store_tile(dk_desc, i_b, i_h, row, (dk * (scale2 * LN2)).to(DTYPE), buffer, D)
-    tma.store_wait(0)
+    dk = (dk * (scale2 * LN2)).to(DTYPE)
+    store_tile(dk_desc, dk_sink_desc, in_sinks, i_b, i_h, row, dk, dk_buffer, Q_SINK)

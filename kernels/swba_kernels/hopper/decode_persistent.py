@@ -25,14 +25,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .compat import allow_dependents, await_prerequisites, box, named_arrive, named_sync, tma_load, tma_store
+from .compat import allow_dependents, await_prerequisites, box, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import next_stage
 from .softmax import finish_before, first_weights, hide_first, next_weights, rescale, row_total
+from .starts import await_start, close_starts, open_starts, pass_start
 
 # Of an item in the table: row, head, first query, low and high end of its part of the keys, unit, items of this CTA.
 FIELDS = gl.constexpr(8)
-TURN = gl.constexpr(12)  # the first of W named barriers, with which the consumers take turns at the tensor cores
 
 
 @gluon.jit
@@ -150,13 +150,11 @@ def _next_tile(
     v_phase = phase
     stage, phase = next_stage(stage, phase, k_smem.shape[0])
     mbarrier.wait(k_full.index(stage), phase)
-    if TURNS:
-        named_sync(TURN + ME, 256)
+    await_start(TURNS, ME)
     s = _scores(q, k_smem.index(stage), SCORES, BN)
     mbarrier.wait(v_full.index(v_stage), v_phase)
     acc = warpgroup_mma(p, v_smem.index(v_stage), acc, is_async=True)
-    if TURNS:
-        named_arrive(TURN + (ME + 1) % W, 256)
+    pass_start(W, TURNS, ME)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
     if BEGINS:
@@ -204,11 +202,9 @@ def _attend(
     else:
         run = others
     mbarrier.wait(k_full.index(stage), phase)
-    if TURNS:
-        named_sync(TURN + ME, 256)
+    await_start(TURNS, ME)
     s = _scores(q, k_smem.index(stage), SCORES, BN)
-    if TURNS:
-        named_arrive(TURN + (ME + 1) % W, 256)
+    pass_start(W, TURNS, ME)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
     weights, top, total = first_weights(hide_first(s, run[2]), scale2)
@@ -249,9 +245,8 @@ def _pass_on(keys, stage, phase, tiles, W: gl.constexpr, TURNS: gl.constexpr, ME
     v_full, v_empty = v_bars
     for _ in range(tiles):
         mbarrier.wait(k_full.index(stage), phase)
-        if TURNS:
-            named_sync(TURN + ME, 256)
-            named_arrive(TURN + (ME + 1) % W, 256)
+        await_start(TURNS, ME)
+        pass_start(W, TURNS, ME)
         mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.wait(v_full.index(stage), phase)
         mbarrier.arrive(v_empty.index(stage), count=1)
@@ -278,8 +273,7 @@ def _consumer(
     phase = 0
     q_stage = 0
     q_phase = 0
-    if TURNS and ME == W - 1:
-        named_arrive(TURN, 256)
+    open_starts(W, TURNS, ME)
     for i_round in range(rounds):
         i_b, lane, i_h, i_n, unit, of_sinks, others = _item(table, sizes, i_round, BN, HAS_LANES, Q_SINK)
         i_n += ME * 64
@@ -323,8 +317,7 @@ def _consumer(
                     part_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
                     columns = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
                     gl.store(p_part + unit_rows * D + (part_rows[:, None] * D + columns[None, :]), acc)
-    if TURNS and ME == 0:
-        named_sync(TURN, 256)
+    close_starts(TURNS, ME)
     tma.store_wait(0)
 
 

@@ -14,20 +14,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .compat import box, cta_barrier, named_arrive, named_sync, tma_store
+from .compat import box, cta_barrier, tma_store
 from .forward_plan import walk_of
 from .forward_shared import keys_of_tile, told_item
 from .notes import told
 from .pipeline import next_stage
 from .softmax import finish_before, first_weights, next_weights, rescale, row_total
+from .starts import await_start, close_starts, open_starts, pass_start
 
 # What of a tile's scores a consumer hides: nothing, the first columns, or what not all of its rows see, but for sinks.
 NOTHING = gl.constexpr(0)
 FIRST = gl.constexpr(1)
 UNSEEN = gl.constexpr(2)
 UNSEEN_BUT_SINKS = gl.constexpr(3)
-
-TURN = gl.constexpr(12)  # hardware barriers TURN + i: consumer i may start its matmuls
 
 
 class Outputs(NamedTuple):
@@ -39,18 +38,6 @@ class Outputs(NamedTuple):
     s_oh: Any
     s_on: Any
     p_lse: Any
-
-
-@gluon.jit
-def _await_turn(TURNS: gl.constexpr, GROUP: gl.constexpr):
-    if TURNS:
-        named_sync(TURN + GROUP, 256)
-
-
-@gluon.jit
-def _pass_turn(GROUPS: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr):
-    if TURNS:
-        named_arrive(TURN + (GROUP + 1) % GROUPS, 256)
 
 
 @gluon.jit
@@ -116,9 +103,9 @@ def _first_tile(
 ):  # fmt: skip
     """Return (weights, top, total) of an item's first tile; a segment of `length` keys begins with a ragged one."""
     mbarrier.wait(bars.k_full.index(stage), phase)
-    _await_turn(TURNS, GROUP)
+    await_start(TURNS, GROUP)
     s = _issue_scores(q, buffers.k.index(stage))
-    _pass_turn(buffers.out.shape[0], TURNS, GROUP)
+    pass_start(buffers.out.shape[0], TURNS, GROUP)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(bars.k_empty.index(stage), count=1)
     s = _hide_first(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
@@ -137,11 +124,11 @@ def _next_tile(
     last_phase = phase
     stage, phase = next_stage(stage, phase, buffers.k.shape[0])
     mbarrier.wait(bars.k_full.index(stage), phase)
-    _await_turn(TURNS, GROUP)
+    await_start(TURNS, GROUP)
     s = _issue_scores(q, buffers.k.index(stage))
     mbarrier.wait(bars.v_full.index(last), last_phase)
     acc = warpgroup_mma(p, buffers.v.index(last), acc, is_async=True)
-    _pass_turn(buffers.out.shape[0], TURNS, GROUP)
+    pass_start(buffers.out.shape[0], TURNS, GROUP)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(bars.k_empty.index(stage), count=1)
     if HIDE == FIRST:
@@ -296,8 +283,8 @@ def _pass_tiles(tiles, buffers, bars, stage, phase, TURNS: gl.constexpr, GROUP: 
     """Give some tiles back unread."""
     for _ in range(tiles):
         mbarrier.wait(bars.k_full.index(stage), phase)
-        _await_turn(TURNS, GROUP)
-        _pass_turn(buffers.out.shape[0], TURNS, GROUP)
+        await_start(TURNS, GROUP)
+        pass_start(buffers.out.shape[0], TURNS, GROUP)
         mbarrier.arrive(bars.k_empty.index(stage), count=1)
         mbarrier.wait(bars.v_full.index(stage), phase)
         mbarrier.arrive(bars.v_empty.index(stage), count=1)
@@ -358,8 +345,7 @@ def consume(
     phase = 0
     q_stage = 0
     q_phase = 0
-    if TURNS and GROUP == GROUPS - 1:
-        named_arrive(TURN, 256)
+    open_starts(GROUPS, TURNS, GROUP)
     mbarrier.wait(bars.q_full.index(0), 0)
     more = told(buffers.notes, 0, 0) >= 0
     while more:
@@ -382,6 +368,5 @@ def consume(
         q_stage, q_phase = next_stage(q_stage, q_phase, buffers.q.shape[0] // GROUPS)
         mbarrier.wait(bars.q_full.index(q_stage), q_phase)
         more = told(buffers.notes, q_stage, 0) >= 0
-    if TURNS and GROUP == 0:
-        named_sync(TURN, 256)
+    close_starts(TURNS, GROUP)
     tma.store_wait(0)
