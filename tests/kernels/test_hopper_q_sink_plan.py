@@ -174,7 +174,16 @@ def test_segments_of_a_prefill_are_the_visible_history(problem, position, spare)
             assert [*range(first, end)] == [i for i in range(end) if i >= max(own_sink, end - pattern.window)]
 
 
-WALKS = ["block_end", "queries_of", "query_walk", "latest_row", "key_tile", "key_walk_apart", "hide_others"]
+WALKS = [
+    "block_end",
+    "queries_of",
+    "query_walk",
+    "latest_row",
+    "key_tile",
+    "key_walk_apart",
+    "hide_others",
+    "all_start_without_others",
+]
 PLACES = ["place", "place_apart", "pattern_of"]
 
 
@@ -227,7 +236,8 @@ def walk_queries(pattern: BlockWindow, n: int, keys: int, rows: int, fused: bool
         stored[tile[tile < end]] += 1
         seen_from, seen_to = ranges.queries_of(tile, part)
         if fused:
-            seen_to, all_start = ranges.hide_others(tile, seen_from, seen_to, all_start, first, in_sinks, sizes, keys)
+            seen_to = ranges.hide_others(tile, seen_from, seen_to, in_sinks, sizes)
+            all_start = ranges.all_start_without_others(all_start, first, in_sinks, sizes, keys)
             start = start // rows * rows
         for walked in range(start, stop, rows):
             row = walked if fused else min(walked, latest)

@@ -285,9 +285,10 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
             reader = _first_reader_of_others(pattern)
             sums[:batch, :, : (tiles if reader == n else reader // rows) * head_dim].zero_()
         turns = triton.cdiv(n, config.turn_rows)
-        counters = torch.empty(4 + (1 + apart) * batch * heads * turns, dtype=torch.int32, device=q.device)
+        each = batch * heads * (head_dim // 64) * turns  # at head dim 128 two add, each half of the columns
+        counters = torch.empty(4 + (1 + apart) * each, dtype=torch.int32, device=q.device)
         start_turns_kernel[(triton.cdiv(counters.numel(), 128),)](
-            counters, counters.numel() - 4, *pattern, turns, batch * heads * turns,
+            counters, counters.numel() - 4, *pattern, turns, each,
             ROWS=config.turn_rows, KEYS=keys, num_warps=4,
         )  # fmt: skip
     else:
@@ -297,7 +298,7 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
     arguments = (
         descriptor(q, rows), _maybe(q if apart and q_sink is None else q_sink, rows), descriptor(dout, rows),
         descriptor(k, keys), descriptor(v, 64),
-        row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, head_dim),
+        row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, 64),
         *grads.key_descriptors(sink, apart), counters[4:], counters,
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
         config.side_by_side(batch * k.shape[1]),

@@ -1,9 +1,9 @@
 """All three gradients in one pass, five matmuls a tile instead of seven, for head dim 128.
 
 A tile of 128 keys stays in shared memory while the queries that see it pass by. A consumer warpgroup owns 64 keys; the
-slopes dS of both meet in shared memory, from where each computes half the columns of dQ. One more warp loads, and
-another adds dQ to a sum in global memory: neither waits for what the other waits for. "_t" marks transposed tiles
-(keys are rows).
+slopes dS of both meet in shared memory, from where each computes half the columns of dQ. One more warp loads, and two
+others add dQ to a sum in global memory, each the half of one consumer: none waits for what the others wait for. "_t"
+marks transposed tiles (keys are rows).
 
 Query tiles lie on a fixed grid here, so that a tile of dQ is one place in memory.
 """
@@ -22,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_loader import load
+from .backward_loader import load, told_place
 from .backward_order import add, by_thread, sum_box
-from .backward_ranges import hide_others, next_row, queries_of, walk_grid, work_of
+from .backward_ranges import hide_others, pattern_of, queries_of
 from .backward_shared import (
     hide,
     keep_seen,
@@ -33,66 +33,65 @@ from .backward_shared import (
     seen_buffer,
     send_gradients,
 )
-from .pipeline import counting
+from .notes import marked, marks_of, notes_of, told
+from .pipeline import counting, next_stage
 from .starts import await_start, close_starts, open_starts, pass_start
 
 
 @gluon.jit
 def _hand_over(dq, dq_smem, dq_empty, phase, WARPGROUP: gl.constexpr):
     """Write 64 columns of dQ to where the adding warp reads them."""
-    mbarrier.wait(dq_empty, phase)
-    dq_smem.slice(WARPGROUP * 64, 64, dim=0).store(by_thread(dq))
+    mbarrier.wait(dq_empty.index(WARPGROUP), phase)
+    dq_smem.index(WARPGROUP).store(by_thread(dq))
 
 
 @gluon.jit
-def _announce(dq_full):
+def _announce(dq_full, WARPGROUP: gl.constexpr):
     """Tell the adding warp that 64 columns of dQ are there."""
     fence_async_shared()
-    mbarrier.arrive(dq_full, count=1)
+    mbarrier.arrive(dq_full.index(WARPGROUP), count=1)
 
 
 @gluon.jit
 def _consume(
-    outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape,
-    DOWN: gl.constexpr, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
+    outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape,
+    Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Fold tile after tile of queries into dk and dv of 64 keys, and compute half of what the tile of keys adds to dQ:
 
-    dQ = dS K of the tile before | S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO |
+    dQ = dS K of two tiles before | S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO |
     dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
-    dQ comes one tile late, when the other warpgroup has long written its dS: they hardly wait for each other. The first
-    dQ is made of whatever shared memory held, and dropped. dV is issued before dP is waited for: else the assembler
-    moves that wait above the exponentials, and the tensor cores have nothing of this warpgroup's to do meanwhile.
+    The two consumers do their exponentials by turns, so that those of one run beside the matmuls of the other. That
+    takes half a tile between them, and each needs the other's dS: so dQ comes two tiles late, and slopes have three
+    slots. The first two dQ are made of whatever shared memory held, and dropped.
 
-    Where sums are added in any order, the two start their tiles by turns, dQ is announced before dP is issued, and
-    gradients go out last. Added in turn (DOWN), it is faster to issue dP first, and to send gradients beside the last
-    dQ. Each is slower in the other's place.
+    dV is issued before dP is waited for: else the assembler moves that wait above the exponentials, and the tensor
+    cores have nothing of this warpgroup's to do meanwhile.
     """
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
-    count_smem, seen_smem, ds_smem, dq_smem = own
+    count_smem, seen_smem, marks, ds_smem, dq_smem = own
     keys_full, full, empty = arrivals
     ds_full, dq_full, dq_empty = barriers
     heads, group, kv_in_all, together = shape
     DTYPE: gl.constexpr = q_smem.dtype
     BLOCK_M: gl.constexpr = q_smem.shape[1]
-    BLOCK_N: gl.constexpr = k_smem.shape[0]
+    SLOTS: gl.constexpr = ds_smem.shape[0]
     D: gl.constexpr = k_smem.shape[1]
     HALF: gl.constexpr = D // 2
-    STARTS: gl.constexpr = not DOWN
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
-    tiles, from_row, to_row, all_start, all_stop = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
+    mbarrier.wait(keys_full, 0)
+    in_sinks, i_b, i_h, first = told_place(notes, 0)
+    count = group * told(notes, 0, 0)
     keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-    seen_from, seen_to = queries_of(keys, part)
+    seen_from, seen_to = queries_of(keys, pattern_of(in_sinks, pattern) if Q_SINK else pattern)
     if Q_SINK:
-        seen_to, all_start = hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, BLOCK_N)
-    from_smem, to_smem = keep_seen(seen_from, seen_to, seen_smem, WARPGROUP)
-    edges = (from_smem, to_smem, all_start, all_stop)
+        seen_to = hide_others(keys, seen_from, seen_to, in_sinks, pattern)
+    seen = keep_seen(seen_from, seen_to, seen_smem, WARPGROUP)
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     k_columns = k_smem.slice(WARPGROUP * HALF, HALF, dim=1)
     v = v_smem.index(WARPGROUP)
@@ -100,56 +99,60 @@ def _consume(
     dv = gl.zeros([64, D], gl.float32, SUMS)
     none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
     no_sum = gl.zeros([BLOCK_M, HALF], gl.float32, HALVES)
-    count = group * tiles
-    row = from_row
-    mbarrier.wait(keys_full, 0)
-    open_starts(2, STARTS, WARPGROUP)
+    slot = 0
+    two_before = 1
+    phase = 1
+    open_starts(2, True, WARPGROUP)
     for i in range(count):
         stage = i & 1
-        before = stage ^ 1
         q = q_smem.index(stage)
         grad = grad_smem.index(stage)
-        mbarrier.wait(ds_full.index(before), ((i - 1) >> 1) & 1)
-        await_start(STARTS, WARPGROUP)
-        dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+        dq = warpgroup_mma(ds_smem.index(two_before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
         mbarrier.wait(full.index(stage), (i >> 1) & 1)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        _hand_over(dq, dq_smem, dq_empty, before, WARPGROUP)
-        if not DOWN:
-            _announce(dq_full)
+        _hand_over(dq, dq_smem, dq_empty, stage ^ 1, WARPGROUP)
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-        if DOWN:
-            _announce(dq_full)
-        pass_start(2, STARTS, WARPGROUP)
+        _announce(dq_full, WARPGROUP)
         lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
+        row = marked(marks, stage)
+        await_start(True, WARPGROUP)
         s_t = warpgroup_mma_wait(1, deps=(s_t,))
-        p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, edges)
+        p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, seen)
+        pass_start(2, True, WARPGROUP)
         dv = warpgroup_mma(gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True), grad, dv, is_async=True)
         dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
         delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
-        ds_t = (p_t * hide(dp_t - delta[None, :], row, count_smem, edges)).to(DTYPE)
+        ds_t = (p_t * hide(dp_t - delta[None, :], row, count_smem, seen)).to(DTYPE)
         dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
-        ds_smem.index(stage).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
+        # The other consumer is through with what is overwritten here once it has written dS of the tile before.
+        one_before, next_phase = next_stage(two_before, phase, SLOTS)
+        mbarrier.wait(ds_full.index(one_before), next_phase)
+        ds_smem.index(slot).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
         fence_async_shared()
-        mbarrier.arrive(ds_full.index(stage), count=1)
+        mbarrier.arrive(ds_full.index(slot), count=1)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
-        row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
-    close_starts(STARTS, WARPGROUP)
-    before = (count & 1) ^ 1
-    mbarrier.wait(ds_full.index(before), ((count - 1) >> 1) & 1)
-    dq = warpgroup_mma(ds_smem.index(before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
-    first += WARPGROUP * 64
-    if DOWN:
-        # Both warpgroups are through with the stage of queries that came before the last one.
-        spare = (q_smem if WARPGROUP == 0 else grad_smem).index(before ^ 1)
-        send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, spare, v, False, Q_SINK)
+        slot = two_before
+        two_before = one_before
+        phase = next_phase
+    close_starts(True, WARPGROUP)
+    dq = warpgroup_mma(ds_smem.index(two_before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
-    _hand_over(dq, dq_smem, dq_empty, before, WARPGROUP)
-    _announce(dq_full)
-    if not DOWN:
-        send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, v, v, True, Q_SINK)
+    _hand_over(dq, dq_smem, dq_empty, (count & 1) ^ 1, WARPGROUP)
+    _announce(dq_full, WARPGROUP)
+    two_before, phase = next_stage(two_before, phase, SLOTS)
+    mbarrier.wait(ds_full.index(two_before), phase)
+    dq = warpgroup_mma(ds_smem.index(two_before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+    # Asked of the loader: through the loop the answers would sit in registers.
+    in_sinks, i_b, i_h, first = told_place(notes, 0)
+    first += WARPGROUP * 64
+    # Both warpgroups are through with the stage of queries that came before the last one.
+    spare = (q_smem if WARPGROUP == 0 else grad_smem).index(count & 1)
+    send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, spare, v, False, Q_SINK)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    _hand_over(dq, dq_smem, dq_empty, count & 1, WARPGROUP)
+    _announce(dq_full, WARPGROUP)
     tma.store_wait(0)
 
 
@@ -178,25 +181,28 @@ def fused_kernel(
     v_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 64, D], TILE)
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
-    ds_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, BLOCK_M], TILE)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M * D // 64, 64], sum_box(2))
+    ds_smem = gl.allocate_shared_memory(k_desc.dtype, [3, BLOCK_N, BLOCK_M], TILE)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, 64, 64], sum_box(2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
+    notes = notes_of(1)
+    marks = marks_of(STAGES)
     seen_smem = seen_buffer(2)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    ds_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    dq_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [3, 1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(keys_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(dq_full.index(i), count=1)
+        mbarrier.init(dq_empty.index(i), count=1)
+    for i in gl.static_range(3):
         mbarrier.init(ds_full.index(i), count=2)
-    mbarrier.init(dq_full, count=2)
-    mbarrier.init(dq_empty, count=1)
     fence_async_shared()
     if TURN_ROWS:
         i_work = gl.atomic_add(p_ticket, 1)
@@ -205,15 +211,17 @@ def fused_kernel(
     inputs = (q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc)
     loaded = (k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem)
     outputs = (dk_desc, dv_desc, dk_sink_desc, dv_sink_desc)
-    own = (count_smem, seen_smem, ds_smem, dq_smem)
+    own = (count_smem, seen_smem, marks, ds_smem, dq_smem)
     arrivals = (keys_full, full, empty)
     barriers = (ds_full, dq_full, dq_empty)
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all, together)
     gl.warp_specialize([
-        (_consume, (outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape, DOWN, Q_SINK, 0)),
-        (_consume, (outputs, loaded, own, arrivals, barriers, i_work, scale2, pattern, shape, DOWN, Q_SINK, 1)),
-        (load, (inputs, loaded, arrivals, i_work, pattern, shape, DOWN, Q_SINK)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, Q_SINK, 0)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, Q_SINK, 1)),
+        (load, (inputs, loaded, arrivals, notes, marks, i_work, pattern, shape, DOWN, Q_SINK)),
         (add, (sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
-               BLOCK_M, BLOCK_N, TURN_ROWS, DOWN, Q_SINK)),
-    ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
+               BLOCK_M, BLOCK_N, DOWN, Q_SINK, 0)),
+        (add, (sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
+               BLOCK_M, BLOCK_N, DOWN, Q_SINK, 1)),
+    ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip

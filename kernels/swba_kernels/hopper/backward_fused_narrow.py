@@ -24,11 +24,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_loader import load_pieces, told_place, told_walk, told_work
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
-from .backward_ranges import first_tile, hide_others, next_row, number_of, pattern_of, queries_of, walk_grid, work_of
+from .backward_ranges import (
+    all_start_without_others,
+    first_tile,
+    hide_others,
+    next_row,
+    number_of,
+    pattern_of,
+    queries_of,
+    walk_grid,
+    work_of,
+)
 from .backward_shared import fold, operands, row_box, send_gradients, slopes, slopes_beside
 from .compat import cta_barrier, tma_store, view
 from .notes import notes_of, told
 from .pipeline import counting, next_stage
+from .starts import await_start, close_starts, open_starts, pass_start
 
 
 @gluon.jit
@@ -73,13 +84,15 @@ def _consume(
     key_phase = 0
     mbarrier.wait(keys_full.index(0), 0)
     more = told(notes, 0, 0) > 0
+    open_starts(2, DOWN, WARPGROUP)
     while more:
         in_sinks, i_b, i_h, first = told_place(notes, key_stage)
         tiles, from_row, to_row, all_start, all_stop = told_walk(notes, key_stage)
         keys = first + WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
         seen_from, seen_to = queries_of(keys, pattern_of(in_sinks, pattern) if Q_SINK else pattern)
         if Q_SINK:
-            seen_to, all_start = hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, BLOCK_N)
+            seen_to = hide_others(keys, seen_from, seen_to, in_sinks, pattern)
+            all_start = all_start_without_others(all_start, first, in_sinks, pattern, BLOCK_N)
         edges = (seen_from, seen_to, all_start, all_stop, 0)
         k = k_smem.index(key_stage).slice(WARPGROUP * 64, 64, dim=0)
         v = v_smem.index(key_stage * 2 + WARPGROUP)
@@ -91,9 +104,11 @@ def _consume(
         slope_stage, slope_phase = _hand_on(ds_t, ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         for _ in range(group * tiles - 1):
             row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
+            await_start(DOWN, WARPGROUP)
             p_operand, ds_operand, ds_t, dk, dv, stage, phase = slopes_beside(
                 k, v, queries, (full, empty), stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv, False
             )
+            pass_start(2, DOWN, WARPGROUP)
             slope_stage, slope_phase = _hand_on(ds_t, ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         dk, dv = fold(p_operand, ds_operand, queries, stage, dk, dv)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
@@ -108,6 +123,7 @@ def _consume(
         key_stage, key_phase = next_stage(key_stage, key_phase, KEY_STAGES)
         mbarrier.wait(keys_full.index(key_stage), key_phase)
         more = told(notes, key_stage, 0) > 0
+    close_starts(DOWN, WARPGROUP)
 
 
 @gluon.jit
@@ -131,7 +147,7 @@ def _fold_and_add(
     D: gl.constexpr = k_smem.shape[2]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     none = gl.zeros([BLOCK_M, D], gl.float32, SUMS)
-    way_out = view(dq_smem, [1, 1, BLOCK_M, 64], sum_box(4))
+    buffer = 0
     stage = 0
     phase = 0
     key_stage = 0
@@ -155,12 +171,14 @@ def _fold_and_add(
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(ds_empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, SLOPE_STAGES)
-            tma.store_wait(0)
+            tma.store_wait(1)
             cta_barrier()
-            dq_smem.store(by_thread(dq))
+            dq_smem.index(buffer).store(by_thread(dq))
             fence_async_shared()
             cta_barrier()
             at = [i_sums, i_head, row, 0]
+            way_out = view(dq_smem.index(buffer), [1, 1, BLOCK_M, 64], sum_box(4))
+            buffer ^= 1
             if TURN_ROWS:
                 if ended:
                     pass_turn(p_turn, tile + 1, 0)
@@ -213,7 +231,7 @@ def fused_narrow_kernel(
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     ds_smem = gl.allocate_shared_memory(k_desc.dtype, [SLOPE_STAGES, BLOCK_N, BLOCK_M], TILE)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [64, 64], sum_box(2))
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, 64, 64], sum_box(2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)

@@ -1,7 +1,7 @@
 """The warp of a fused backward kernel that loads: a tile of keys and values, then the queries that see it.
 
-A piece of work is a tile of keys of one head. At head dim 128 a CTA has one; at 64, where there is room for the keys of
-two, the next one's come while this one is computed, and a note tells the other warps which piece they belong to.
+A piece of work is a tile of keys of one head, and a note tells the other warps which one it is. At head dim 128 a CTA
+has one; at 64, where there is room for the keys of two, the next one's come while this one is computed.
 """
 
 # ruff: noqa: RUF059 (tuples travel whole between the partitions; each names all that it gets)
@@ -12,10 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .backward_ranges import next_row, walk_grid, work_of
+from .backward_ranges import all_start_without_others, next_row, walk_grid, work_of
 from .backward_shared import load_queries
 from .compat import box, tma_load
-from .notes import tell, told
+from .notes import mark, tell, told
 from .pipeline import next_stage
 
 
@@ -33,14 +33,18 @@ def _load_keys(k_desc, v_desc, at, k_smem, v_smem, v_buffer, ready):
 
 @gluon.jit
 def _load_walk(
-    descriptors, buffers, barriers, place, walk, heads, group, stage, phase, DOWN: gl.constexpr, Q_SINK: gl.constexpr
-):
-    """Load every tile of queries of a walk with its terms, head by head; return the next stage and its phase."""
+    descriptors, buffers, barriers, marks, place, walk, heads, group, stage, phase,
+    DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+):  # fmt: skip
+    """Load every tile of queries of a walk with its terms, head by head; return the next stage and its phase.
+
+    With `marks`, mark each stage with the first row of its tile if a query there does not see all keys, else with -1.
+    """
     q_desc, q_sink_desc, grad_desc, lse_desc, delta_desc = descriptors
     q_smem, grad_smem, lse_smem, delta_smem = buffers
     full, empty = barriers
     in_sinks, i_b, i_h = place
-    tiles, from_row, to_row = walk
+    tiles, from_row, to_row, all_start, all_stop = walk
     STAGES: gl.constexpr = q_smem.shape[0]
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     D: gl.constexpr = q_smem.shape[2]
@@ -49,6 +53,9 @@ def _load_walk(
     for _ in range(group * tiles):
         ready = full.index(stage)
         mbarrier.wait(empty.index(stage), phase)
+        if marks is not None:
+            edge = (row < all_start) | (row + BLOCK_M > all_stop)
+            mark(gl.where(edge, row, -1), marks, stage)
         mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
         load_queries(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage), Q_SINK)
         tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
@@ -61,11 +68,12 @@ def _load_walk(
 
 
 @gluon.jit
-def load(inputs, buffers, barriers, i_work, pattern, shape, DOWN: gl.constexpr, Q_SINK: gl.constexpr):
-    """Load one piece of work.
+def load(inputs, buffers, barriers, notes, marks, i_work, pattern, shape, DOWN: gl.constexpr, Q_SINK: gl.constexpr):
+    """Load one piece of work, and tell which one it is.
 
     inputs: the descriptors of q, q_sink, dout, k, v and both row terms. buffers: of k, v, q, dout and both row terms.
-    barriers: that of the keys, and those that tell when a stage of queries is full and when it is empty.
+    barriers: that of the keys, and those that tell when a stage of queries is full and when it is empty. marks: of the
+    stages of queries, as `_load_walk` sets them.
     """
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = buffers
@@ -74,13 +82,17 @@ def load(inputs, buffers, barriers, i_work, pattern, shape, DOWN: gl.constexpr, 
     BLOCK_M: gl.constexpr = q_smem.shape[1]
     BLOCK_N: gl.constexpr = k_smem.shape[0]
     in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
-    tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
+    tiles, from_row, to_row, all_start, all_stop = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
+    if Q_SINK:
+        all_start = all_start_without_others(all_start, first, in_sinks, pattern, BLOCK_N)
+    tell((tiles, in_sinks, i_b, i_h, first), notes, 0)
     _load_keys(k_desc, v_desc, (i_b, i_h, first), k_smem, v_smem, 0, keys_full)
     stage = 0
     phase = 1
     _load_walk(
         (q_desc, q_sink_desc, grad_desc, lse_desc, delta_desc), (q_smem, grad_smem, lse_smem, delta_smem),
-        (full, empty), (in_sinks, i_b, i_h), (tiles, from_row, to_row), heads, group, stage, phase, DOWN, Q_SINK,
+        (full, empty), marks, (in_sinks, i_b, i_h), (tiles, from_row, to_row, all_start, all_stop),
+        heads, group, stage, phase, DOWN, Q_SINK,
     )  # fmt: skip
 
 
@@ -114,7 +126,8 @@ def load_pieces(
         key_stage, key_phase = next_stage(key_stage, key_phase, KEY_STAGES)
         stage, phase = _load_walk(
             (q_desc, q_sink_desc, grad_desc, lse_desc, delta_desc), (q_smem, grad_smem, lse_smem, delta_smem),
-            (full, empty), (in_sinks, i_b, i_h), (tiles, from_row, to_row), heads, group, stage, phase, DOWN, Q_SINK,
+            (full, empty), None, (in_sinks, i_b, i_h), (tiles, from_row, to_row, all_start, all_stop),
+            heads, group, stage, phase, DOWN, Q_SINK,
         )  # fmt: skip
         i_work = all_work
         if gl.num_programs(0) < all_work:

@@ -80,34 +80,36 @@ def pass_turn(p_turn, tile, NEWER: gl.constexpr):
 @gluon.jit
 def add(
     sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IN_TURN: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IN_TURN: gl.constexpr, Q_SINK: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """Add the tiles of dQ of a piece of work as they come; they come a tile late, and the first one is none.
+    """Add one half of the columns of each tile of dQ as it comes; it comes two tiles late, and the first two are none.
 
     In turn, the first tile of keys writes instead of adding. A turn is passed on one tile late, when what was added has
     arrived: so setting counters runs beside the copies.
     """
     heads, group, kv_in_all, together = shape
     n, _, _, _, _ = pattern
-    SUM_ROWS: gl.constexpr = dq_smem.shape[0]
     in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
-    tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
-    way_out = view(dq_smem, [1, 1, SUM_ROWS, 64], sum_box(4))
+    tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, IN_TURN)
+    way_out = view(dq_smem.index(HALF), [1, 1, 64, 64], sum_box(4))
+    full = dq_full.index(HALF)
+    empty = dq_empty.index(HALF)
     i_head = i_h * group
     row = from_row
     if IN_TURN:
         tile, _ = number_of(first, in_sinks, pattern, BLOCK_N, Q_SINK)
         counters = (n + BLOCK_M - 1) // BLOCK_M
-        p_turn = p_turns + (i_sums * heads + i_head) * counters + row // BLOCK_M
+        p_turn = p_turns + ((i_sums * heads + i_head) * 2 + HALF) * counters + row // BLOCK_M
         p_before = p_turns  # any other value: a name that starts as an alias would not be carried through the loop
-    mbarrier.wait(dq_full, 0)
-    mbarrier.arrive(dq_empty, count=1)
-    phase = 1
+    for phase in gl.static_range(2):
+        mbarrier.wait(full, phase)
+        mbarrier.arrive(empty, count=1)
+    phase = 0
     for i in range(group * tiles):
-        at = [i_sums, i_head, row // BLOCK_M * SUM_ROWS, 0]
+        at = [i_sums, i_head, (row // BLOCK_M * 2 + HALF) * 64, 0]
         if IN_TURN:
             now = await_turn(p_turn, tile)
-            mbarrier.wait(dq_full, phase)
+            mbarrier.wait(full, phase)
             if now < 0:
                 tma_store(sum_desc, at, way_out)
             else:
@@ -115,14 +117,14 @@ def add(
             if i > 0:
                 pass_turn(p_before, tile + 1, 1)
             p_before = p_turn
-            p_turn += gl.where(row == to_row, counters + (from_row - to_row) // BLOCK_M, -1)
+            p_turn += gl.where(row == to_row, 2 * counters + (from_row - to_row) // BLOCK_M, -1)
         else:
-            mbarrier.wait(dq_full, phase)
+            mbarrier.wait(full, phase)
             tma_add(sum_desc, at, way_out)
         tma.store_wait(0)
-        mbarrier.arrive(dq_empty, count=1)
+        mbarrier.arrive(empty, count=1)
         phase ^= 1
         i_head += (row == to_row).to(gl.int32)
-        row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
+        row = next_row(row, from_row, to_row, BLOCK_M, IN_TURN)
     if IN_TURN:
         pass_turn(p_before, tile + 1, 0)

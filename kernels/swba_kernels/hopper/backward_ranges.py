@@ -192,11 +192,17 @@ def work_of(i_work, pattern, shape, BLOCK_N: gl.constexpr, Q_SINK: gl.constexpr)
 
 
 @gluon.jit
-def hide_others(keys, seen_from, seen_to, all_start, first, in_sinks, pattern, KEYS: gl.constexpr):
-    """Return (seen_to, all_start) without the keys that a tile of sinks holds behind them: no query sees those."""
+def hide_others(keys, seen_from, seen_to, in_sinks, pattern):
+    """Return seen_to such that no query sees the keys that a tile of sinks holds behind them."""
     n, _, _, sink, _ = pattern
-    last = gl.where(in_sinks, sink, n)
-    return gl.where(keys < last, seen_to, seen_from), gl.where(first + KEYS > last, n, all_start)
+    return gl.where(keys < gl.where(in_sinks, sink, n), seen_to, seen_from)
+
+
+@gluon.jit
+def all_start_without_others(all_start, first, in_sinks, pattern, KEYS: gl.constexpr):
+    """Return all_start such that no query sees all keys of a tile that holds others behind its sinks."""
+    n, _, _, sink, _ = pattern
+    return gl.where(first + KEYS > gl.where(in_sinks, sink, n), n, all_start)
 
 
 @gluon.jit

@@ -88,13 +88,13 @@ def keep_seen(seen_from, seen_to, seen_smem, WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def hide(x, row, count_smem, edges):
-    """Zero what belongs to a query that does not see the key, if the tile at `row` holds any.
+def hide(x, row, count_smem, seen):
+    """Zero what belongs to a query that does not see the key, in the tile of queries at `row`; -1 if there is none.
 
-    `edges` says which queries see each key (from, to: buffers) and which see all keys of the tile.
+    `seen` are the buffers of which queries see each key (from, to).
     """
-    from_smem, to_smem, all_start, all_stop = edges
-    if (row < all_start) | (row + x.shape[1] > all_stop):
+    from_smem, to_smem = seen
+    if row >= 0:
         seen_from = from_smem.load(gl.SliceLayout(1, x.type.layout))
         seen_to = to_smem.load(gl.SliceLayout(1, x.type.layout))
         queries = row + count_smem.load(gl.SliceLayout(0, x.type.layout))[None, :]
