@@ -124,8 +124,9 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
             row += BLOCK_M
             row = gl.where(row < stop, row, start)
             p_operand, ds_operand, _ds_t, dk, dv, stage, phase = slopes_beside(
-                k, v, queries, (full, empty), stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv, True
-            )
+                k, v, queries, (full, empty), stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv,
+                True, False, WARPGROUP,
+            )  # fmt: skip
         dk, dv = fold(p_operand, ds_operand, queries, stage, dk, dv)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     else:

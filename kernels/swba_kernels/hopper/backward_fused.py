@@ -55,16 +55,17 @@ def _announce(dq_full, WARPGROUP: gl.constexpr):
 @gluon.jit
 def _consume(
     outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape,
-    Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
+    IN_TURN: gl.constexpr, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Fold tile after tile of queries into dk and dv of 64 keys, and compute half of what the tile of keys adds to dQ:
 
     dQ = dS K of two tiles before | S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO |
     dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
-    The two consumers do their exponentials by turns, so that those of one run beside the matmuls of the other. That
-    takes half a tile between them, and each needs the other's dS: so dQ comes two tiles late, and slopes have three
-    slots. The first two dQ are made of whatever shared memory held, and dropped.
+    The two consumers do their exponentials by turns, so that those of one run beside the matmuls of the other (added in
+    turn, it is faster to issue S by turns). That takes half a tile between them, and each needs the other's dS: so dQ
+    comes two tiles late, and slopes have three slots. The first two dQ are made of whatever shared memory held, and
+    dropped.
 
     dV is issued before dP is waited for: else the assembler moves that wait above the exponentials, and the tensor
     cores have nothing of this warpgroup's to do meanwhile.
@@ -109,6 +110,7 @@ def _consume(
         grad = grad_smem.index(stage)
         dq = warpgroup_mma(ds_smem.index(two_before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
         mbarrier.wait(full.index(stage), (i >> 1) & 1)
+        await_start(IN_TURN, WARPGROUP)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
         _hand_over(dq, dq_smem, dq_empty, stage ^ 1, WARPGROUP)
@@ -116,10 +118,11 @@ def _consume(
         _announce(dq_full, WARPGROUP)
         lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
         row = marked(marks, stage)
-        await_start(True, WARPGROUP)
+        await_start(not IN_TURN, WARPGROUP)
         s_t = warpgroup_mma_wait(1, deps=(s_t,))
+        pass_start(2, IN_TURN, WARPGROUP)
         p_t = hide(gl.exp2(s_t * scale2 - lse2[None, :]), row, count_smem, seen)
-        pass_start(2, True, WARPGROUP)
+        pass_start(2, not IN_TURN, WARPGROUP)
         dv = warpgroup_mma(gl.convert_layout(p_t.to(DTYPE), OPERAND, assert_trivial=True), grad, dv, is_async=True)
         dp_t = warpgroup_mma_wait(1, deps=(dp_t,))
         delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
@@ -217,8 +220,8 @@ def fused_kernel(
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all, together)
     gl.warp_specialize([
-        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, Q_SINK, 0)),
-        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, Q_SINK, 1)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, DOWN, Q_SINK, 0)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, DOWN, Q_SINK, 1)),
         (load, (inputs, loaded, arrivals, notes, marks, i_work, pattern, shape, DOWN, Q_SINK)),
         (add, (sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
                BLOCK_M, BLOCK_N, DOWN, Q_SINK, 0)),

@@ -39,7 +39,7 @@ from .backward_shared import fold, operands, row_box, send_gradients, slopes, sl
 from .compat import cta_barrier, tma_store, view
 from .notes import notes_of, told
 from .pipeline import counting, next_stage
-from .starts import await_start, close_starts, open_starts, pass_start
+from .starts import close_starts, open_starts
 
 
 @gluon.jit
@@ -104,11 +104,10 @@ def _consume(
         slope_stage, slope_phase = _hand_on(ds_t, ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         for _ in range(group * tiles - 1):
             row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
-            await_start(DOWN, WARPGROUP)
             p_operand, ds_operand, ds_t, dk, dv, stage, phase = slopes_beside(
-                k, v, queries, (full, empty), stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv, False
-            )
-            pass_start(2, DOWN, WARPGROUP)
+                k, v, queries, (full, empty), stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv,
+                False, DOWN, WARPGROUP,
+            )  # fmt: skip
             slope_stage, slope_phase = _hand_on(ds_t, ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         dk, dv = fold(p_operand, ds_operand, queries, stage, dk, dv)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .compat import box, cta_barrier, tma_load, tma_store, view
 from .pipeline import next_stage
+from .starts import await_start, pass_start
 
 LN2 = gl.constexpr(0.6931471805599453)
 ROW_COPIES = gl.constexpr(4)  # float32 numbers in the 16 bytes at whose multiples a TMA box may start
@@ -188,20 +189,24 @@ def fold(p_operand, ds_operand, queries, stage, dk, dv):
 
 @gluon.jit
 def slopes_beside(
-    k, v, queries, barriers, stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv, SLIDES: gl.constexpr
+    k, v, queries, barriers, stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv,
+    SLIDES: gl.constexpr, TURNS: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Step to the next stage and return the `operands` of its `slopes`, dk, dv, and that stage with its phase.
 
-    Beside it the tile in the stage before is folded into dk and dv, and the stage given back.
+    Beside it the tile in the stage before is folded into dk and dv, and the stage given back. With TURNS, the one of
+    two consumers starts when the matmuls of the other have ended.
     """
     full, empty = barriers
     before = stage
     stage, phase = next_stage(stage, phase, queries[0].shape[0])
     mbarrier.wait(full.index(stage), phase)
+    await_start(TURNS, WARPGROUP)
     s_t, dp_t = _issue_scores(k, v, queries, stage)
     dk, dv = fold(p_operand, ds_operand, queries, before, dk, dv)
     p_t, ds_t = weigh(s_t, dp_t, row, _terms_of(queries, stage), edges, scale2, queries[0].shape[1], 3, SLIDES)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    pass_start(2, TURNS, WARPGROUP)
     mbarrier.arrive(empty.index(before), count=1)
     p_operand, ds_operand, ds_t = operands(p_t, ds_t, queries)
     return p_operand, ds_operand, ds_t, dk, dv, stage, phase
