@@ -23,26 +23,26 @@ NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 # straddle blocks.
 SPILLS = {  # the backward's accumulators fill the registers
     "3.6": {"fused_kernel": 16, "_forward": 8},
-    "3.7": {"fused_kernel": 16, "_forward": 8},
-    "3.9": {"fused_kernel": 80, "_forward": 128, "decode_persistent": 144},
+    "3.7": {"fused_kernel": 8, "_forward": 8},
+    "3.9": {"fused_kernel": 16, "_forward": 128, "decode_persistent": 144},
     "3.6 q_sink": {
-        "_forward": 32,
-        "dkv_kernel": 56,
-        "fused_kernel": 56,
-        "fused_narrow_kernel": 32,
-        "decode_persistent": 8,
-    },
-    "3.7 q_sink": {
         "_forward": 32,
         "dkv_kernel": 56,
         "fused_kernel": 48,
         "fused_narrow_kernel": 32,
         "decode_persistent": 8,
     },
+    "3.7 q_sink": {
+        "_forward": 32,
+        "dkv_kernel": 56,
+        "fused_kernel": 40,
+        "fused_narrow_kernel": 32,
+        "decode_persistent": 8,
+    },
     "3.9 q_sink": {
         "_forward": 128,
         "dq_kernel": 32,
-        "fused_kernel": 80,
+        "fused_kernel": 48,
         "fused_narrow_kernel": 24,
         "decode_persistent": 184,
     },
