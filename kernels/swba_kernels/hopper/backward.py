@@ -49,9 +49,9 @@ class Split(NamedTuple):
 class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
-    Pipeline stages of the queries and (at head dim 64) of dS on its way to the warpgroup that makes dQ of it, registers
-    of a consumer's thread, how many kv heads run side by side at most, and for how many queries a program takes its
-    turn to add (by key, so that the sums have the same bits every time; 0: it adds at once).
+    Pipeline stages of the queries and of dS on its way to the warpgroups that make dQ of it, registers of a consumer's
+    thread, how many kv heads run side by side at most, and for how many queries a program takes its turn to add (by
+    key, so that the sums have the same bits every time; 0: it adds at once).
     """
 
     stages: int
@@ -72,7 +72,7 @@ SPLIT = {
 }
 FAST = {
     64: Fused(stages=4, slope_stages=3, registers=208, together=32),
-    128: Fused(stages=2, slope_stages=2, registers=240, together=4),
+    128: Fused(stages=2, slope_stages=3, registers=240, together=4),
 }
 IN_TURN = {
     64: FAST[64]._replace(turn_rows=256),
@@ -303,15 +303,13 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
         config.side_by_side(batch * k.shape[1]),
     )  # fmt: skip
-    constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "REGISTERS": config.registers}
-    constants |= {"TURN_ROWS": config.turn_rows, "Q_SINK": apart, "num_warps": 4}
+    constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "SLOPE_STAGES": config.slope_stages}
+    constants |= {"REGISTERS": config.registers, "TURN_ROWS": config.turn_rows, "Q_SINK": apart, "num_warps": 4}
     if head_dim == 128:
         fused_kernel[(work,)](*arguments, **constants)
     else:
         rest = 512 - 24 - 2 * config.registers  # a multiprocessor has 512 registers for four warpgroups' threads
-        fused_narrow_kernel[(min(work, multiprocessors(q.device)),)](
-            *arguments, work, SLOPE_STAGES=config.slope_stages, SUM_REGISTERS=rest, **constants
-        )
+        fused_narrow_kernel[(min(work, multiprocessors(q.device)),)](*arguments, work, SUM_REGISTERS=rest, **constants)
     parts = sums.chunk(1 + apart)
     casts = [(parts[0], None, grads.q)]
     if q_sink is not None:

@@ -166,8 +166,8 @@ def fused_kernel(
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, sum_desc,
     dk_desc, dv_desc, dk_sink_desc, dv_sink_desc, p_turns, p_ticket,
     scale2, n, block_size, window, sink, grid_start, heads, group, kv_in_all, together,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SLOPE_STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Own 128 keys of one kv head. Early tiles, the sinks among them, are seen by most and go first.
 
@@ -176,6 +176,7 @@ def fused_kernel(
     """
     gl.static_assert((TURN_ROWS == 0) | (TURN_ROWS == BLOCK_M), "each tile of queries has turns of its own")
     gl.static_assert(STAGES == 2, "stages are told by the parity of a tile's number")
+    gl.static_assert(SLOPE_STAGES == 3, "dS of this tile, of the one before, and of that which dQ is made of")
     BLOCK_N: gl.constexpr = 128
     DOWN: gl.constexpr = TURN_ROWS > 0
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -184,7 +185,7 @@ def fused_kernel(
     v_smem = gl.allocate_shared_memory(k_desc.dtype, [2, 64, D], TILE)
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
     grad_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_M, D], TILE)
-    ds_smem = gl.allocate_shared_memory(k_desc.dtype, [3, BLOCK_N, BLOCK_M], TILE)
+    ds_smem = gl.allocate_shared_memory(k_desc.dtype, [SLOPE_STAGES, BLOCK_N, BLOCK_M], TILE)
     dq_smem = gl.allocate_shared_memory(gl.float32, [2, 64, 64], sum_box(2))
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
@@ -195,7 +196,7 @@ def fused_kernel(
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    ds_full = gl.allocate_shared_memory(gl.int64, [3, 1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [SLOPE_STAGES, 1], BARRIER)
     dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(keys_full, count=1)
@@ -204,7 +205,7 @@ def fused_kernel(
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_empty.index(i), count=1)
-    for i in gl.static_range(3):
+    for i in gl.static_range(SLOPE_STAGES):
         mbarrier.init(ds_full.index(i), count=2)
     fence_async_shared()
     if TURN_ROWS:

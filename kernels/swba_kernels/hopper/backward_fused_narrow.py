@@ -2,8 +2,9 @@
 
 A tile of 128 keys stays in shared memory while the queries that see it pass by. A consumer warpgroup owns 64 keys; the
 slopes dS of both go through a ring in shared memory to a third warpgroup, which computes dQ and adds it to a sum in
-global memory. So the consumers never wait for each other. When a tile of keys is through, the CTA goes on with another
-one, whose first matmuls have been loaded for. "_t" marks transposed tiles (keys are rows).
+global memory. So the consumers need nothing of each other; where sums are added in turn, they start by turns. When a
+tile of keys is through, the CTA goes on with another one, whose first matmuls have been loaded for. "_t" marks
+transposed tiles (keys are rows).
 
 Query tiles lie on a fixed grid here, so that a tile of dQ is one place in memory.
 """
@@ -133,7 +134,7 @@ def _fold_and_add(
     """Compute dQ = dS K of tile after tile and add it to the sums in global memory.
 
     In turn, a counter serves TURN_ROWS queries, and the first tile of keys that meets a tile of them writes instead of
-    adding. A turn is passed on one tile late, when what was added has arrived.
+    adding. A turn is passed on one tile late, when what was added has arrived. dQ goes out by two buffers.
     """
     ds_full, ds_empty = barriers
     keys_full, keys_empty = key_barriers

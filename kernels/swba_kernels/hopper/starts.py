@@ -1,4 +1,4 @@
-"""The order in which consumers start their matmuls, where they take turns at the tensor cores.
+"""The order in which consumers start their matmuls, or their exponentials, where they take turns.
 
 Consumer i of W waits at hardware barrier START + i for the one before it, and passes on to the one behind it, the last
 to the first. With TURNS off nothing happens. (Turns to add to a sum are another matter: backward_order.py.)
