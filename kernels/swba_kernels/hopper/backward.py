@@ -147,14 +147,14 @@ def _row_descriptor(address: int, shape: torch.Size, stride: int, rows: int) -> 
     return TensorDescriptor(_Base(address, torch.float32), list(shape), [stride, 1], [1, rows], row_box_layout())
 
 
-def sum_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Return the TMA descriptor of contiguous float32 x [B, H, A, 64] for boxes [1, 1, rows, 64]."""
-    return _sum_descriptor(x.data_ptr(), x.shape, x.stride(), rows)
+def sum_descriptor(x: Tensor) -> TensorDescriptor:
+    """Return the TMA descriptor of contiguous float32 x [B, H, A, 64] for boxes [1, 1, 64, 64]."""
+    return _sum_descriptor(x.data_ptr(), x.shape, x.stride())
 
 
 @lru_cache(maxsize=1024)
-def _sum_descriptor(address: int, shape: torch.Size, strides: tuple[int, ...], rows: int) -> TensorDescriptor:
-    return TensorDescriptor(_Base(address, torch.float32), list(shape), list(strides), [1, 1, rows, 64], sum_layout(4))
+def _sum_descriptor(address: int, shape: torch.Size, strides: tuple[int, ...]) -> TensorDescriptor:
+    return TensorDescriptor(_Base(address, torch.float32), list(shape), list(strides), [1, 1, 64, 64], sum_layout(4))
 
 
 def copyable(x: Tensor) -> Tensor:
@@ -285,10 +285,10 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
             reader = _first_reader_of_others(pattern)
             sums[:batch, :, : (tiles if reader == n else reader // rows) * head_dim].zero_()
         turns = triton.cdiv(n, config.turn_rows)
-        each = batch * heads * (head_dim // 64) * turns  # at head dim 128 two add, each half of the columns
-        counters = torch.empty(4 + (1 + apart) * each, dtype=torch.int32, device=q.device)
+        part = batch * heads * (head_dim // 64) * turns  # at head dim 128 two add, each half of the columns
+        counters = torch.empty(4 + (1 + apart) * part, dtype=torch.int32, device=q.device)
         start_turns_kernel[(triton.cdiv(counters.numel(), 128),)](
-            counters, counters.numel() - 4, *pattern, turns, each,
+            counters, counters.numel() - 4, *pattern, turns, part,
             ROWS=config.turn_rows, KEYS=keys, num_warps=4,
         )  # fmt: skip
     else:
@@ -298,7 +298,7 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
     arguments = (
         descriptor(q, rows), _maybe(q if apart and q_sink is None else q_sink, rows), descriptor(dout, rows),
         descriptor(k, keys), descriptor(v, 64),
-        row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums, 64),
+        row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums),
         *grads.key_descriptors(sink, apart), counters[4:], counters,
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
         config.side_by_side(batch * k.shape[1]),

@@ -40,14 +40,14 @@ from .starts import await_start, close_starts, open_starts, pass_start
 
 @gluon.jit
 def _hand_over(dq, dq_smem, dq_empty, phase, WARPGROUP: gl.constexpr):
-    """Write 64 columns of dQ to where the adding warp reads them."""
+    """Write 64 columns of dQ to where the warp that adds them reads them."""
     mbarrier.wait(dq_empty.index(WARPGROUP), phase)
     dq_smem.index(WARPGROUP).store(by_thread(dq))
 
 
 @gluon.jit
 def _announce(dq_full, WARPGROUP: gl.constexpr):
-    """Tell the adding warp that 64 columns of dQ are there."""
+    """Tell the warp that adds them that 64 columns of dQ are there."""
     fence_async_shared()
     mbarrier.arrive(dq_full.index(WARPGROUP), count=1)
 
@@ -62,10 +62,10 @@ def _consume(
     dQ = dS K of two tiles before | S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO |
     dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
-    The two consumers do their exponentials by turns, so that those of one run beside the matmuls of the other (added in
-    turn, it is faster to issue S by turns). That takes half a tile between them, and each needs the other's dS: so dQ
-    comes two tiles late, and slopes have three slots. The first two dQ are made of whatever shared memory held, and
-    dropped.
+    The two consumers do their exponentials by turns, so that those of one run beside the matmuls of the other. (Where
+    sums are added IN_TURN it is faster to issue S by turns instead.) That takes half a tile between them, and each
+    needs the other's dS: so dQ comes two tiles late, and slopes have three slots. The first two dQ are made of whatever
+    shared memory held, and dropped.
 
     dV is issued before dP is waited for: else the assembler moves that wait above the exponentials, and the tensor
     cores have nothing of this warpgroup's to do meanwhile.
@@ -128,7 +128,8 @@ def _consume(
         delta = row_terms(delta_smem.index(stage), BLOCK_M, COLUMNS)
         ds_t = (p_t * hide(dp_t - delta[None, :], row, count_smem, seen)).to(DTYPE)
         dk = warpgroup_mma(gl.convert_layout(ds_t, OPERAND, assert_trivial=True), q, dk, is_async=True)
-        # The other consumer is through with what is overwritten here once it has written dS of the tile before.
+        # Once the other consumer has written dS of the tile before, it is through with what is overwritten here, and
+        # the next dQ may read that dS.
         one_before, next_phase = next_stage(two_before, phase, SLOTS)
         mbarrier.wait(ds_full.index(one_before), next_phase)
         ds_smem.index(slot).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
@@ -178,7 +179,7 @@ def fused_kernel(
     gl.static_assert(STAGES == 2, "stages are told by the parity of a tile's number")
     gl.static_assert(SLOPE_STAGES == 3, "dS of this tile, of the one before, and of that which dQ is made of")
     BLOCK_N: gl.constexpr = 128
-    DOWN: gl.constexpr = TURN_ROWS > 0
+    IN_TURN: gl.constexpr = TURN_ROWS > 0
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_N, D], TILE)
@@ -203,7 +204,7 @@ def fused_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-        mbarrier.init(dq_full.index(i), count=1)
+        mbarrier.init(dq_full.index(i), count=1)  # one for each consumer: as many as stages
         mbarrier.init(dq_empty.index(i), count=1)
     for i in gl.static_range(SLOPE_STAGES):
         mbarrier.init(ds_full.index(i), count=2)
@@ -221,11 +222,11 @@ def fused_kernel(
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all, together)
     gl.warp_specialize([
-        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, DOWN, Q_SINK, 0)),
-        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, DOWN, Q_SINK, 1)),
-        (load, (inputs, loaded, arrivals, notes, marks, i_work, pattern, shape, DOWN, Q_SINK)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, IN_TURN, Q_SINK, 0)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, IN_TURN, Q_SINK, 1)),
+        (load, (inputs, loaded, arrivals, notes, marks, i_work, pattern, shape, IN_TURN, Q_SINK)),
         (add, (sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
-               BLOCK_M, BLOCK_N, DOWN, Q_SINK, 0)),
+               BLOCK_M, BLOCK_N, IN_TURN, Q_SINK, 0)),
         (add, (sum_desc, dq_smem, dq_full, dq_empty, p_turns, i_work, pattern, shape,
-               BLOCK_M, BLOCK_N, DOWN, Q_SINK, 1)),
+               BLOCK_M, BLOCK_N, IN_TURN, Q_SINK, 1)),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip

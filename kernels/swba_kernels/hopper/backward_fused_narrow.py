@@ -63,7 +63,8 @@ def _consume(
 
     S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
-    dV and dK of a tile run beside S^T and dP^T of the next one.
+    dV and dK of a tile run beside S^T and dP^T of the next one. Where sums are added in turn (DOWN), a consumer starts
+    these when the matmuls of the other have ended.
     """
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
     count_smem, ds_smem = own

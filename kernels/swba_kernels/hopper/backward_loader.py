@@ -72,8 +72,9 @@ def load(inputs, buffers, barriers, notes, marks, i_work, pattern, shape, DOWN: 
     """Load one piece of work, and tell which one it is.
 
     inputs: the descriptors of q, q_sink, dout, k, v and both row terms. buffers: of k, v, q, dout and both row terms.
-    barriers: that of the keys, and those that tell when a stage of queries is full and when it is empty. marks: of the
-    stages of queries, as `_load_walk` sets them.
+    barriers: that of the keys, and those that tell when a stage of queries is full and when it is empty. notes: where
+    that on this piece goes, for `told_place` and, in field 0, its tiles of queries. marks: of the stages of queries, as
+    `_load_walk` sets them.
     """
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc = inputs
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = buffers

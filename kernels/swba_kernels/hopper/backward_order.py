@@ -4,7 +4,7 @@ A tile [64, 64] of sums lies in memory in the order in which the threads of a wa
 each thread writes 16 bytes at a time into shared memory, side by side with its neighbours.
 
 Float32 addition does not associate, so adding in any order gives other bits every time. With turns, the programs that
-add to a tile do so in the order of their keys: a counter per tile says whose turn it is.
+add to a tile do so in the order of their keys: a counter per tile (or for several) says whose turn it is.
 """
 
 # ruff: noqa: RUF059 (tuples travel whole between the partitions; each names all that it gets)

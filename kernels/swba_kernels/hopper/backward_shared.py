@@ -90,9 +90,10 @@ def keep_seen(seen_from, seen_to, seen_smem, WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def hide(x, row, count_smem, seen):
-    """Zero what belongs to a query that does not see the key, in the tile of queries at `row`; -1 if there is none.
+    """Zero what belongs to a query that does not see the key.
 
-    `seen` are the buffers of which queries see each key (from, to).
+    `row` is the first query of the tile, or -1 if all its queries see all keys. `seen` are buffers (from, to) of which
+    queries see each key.
     """
     from_smem, to_smem = seen
     if row >= 0:
@@ -110,9 +111,10 @@ def weigh(
 ):  # fmt: skip
     """Return P^T = exp2(S^T - lse) and dS^T = P^T (dP^T - delta).
 
-    `edges` as in `hide`, but for the ranges of each key: numbers in registers, or buffers if tiles slide. s_t is in
-    flight, with AFTER matmuls behind it: dp_t, and others that run beside this. Before those have ended nothing may be
-    rounded to an operand of the next ones, or ptxas serialises them.
+    `edges` = (seen_from, seen_to, all_start, all_stop, latest): which queries see each key (numbers in registers, or
+    buffers if tiles slide), which see all keys, where a last tile may start. s_t is in flight, with AFTER matmuls
+    behind it: dp_t, and others that run beside this. Before those have ended nothing may be rounded to an operand of
+    the next ones, or ptxas serialises them.
     """
     lse_smem, delta_smem, count_smem = terms
     seen_from, seen_to, all_start, all_stop, latest = edges
@@ -194,8 +196,8 @@ def slopes_beside(
 ):  # fmt: skip
     """Step to the next stage and return the `operands` of its `slopes`, dk, dv, and that stage with its phase.
 
-    Beside it the tile in the stage before is folded into dk and dv, and the stage given back. With TURNS, the one of
-    two consumers starts when the matmuls of the other have ended.
+    Beside it the tile in the stage before is folded into dk and dv, and the stage given back. With TURNS,
+    a consumer starts its matmuls when those of the other have ended.
     """
     full, empty = barriers
     before = stage
