@@ -63,9 +63,10 @@ def _consume(
     dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
     The two consumers do their exponentials by turns, so that those of one run beside the matmuls of the other. (Where
-    sums are added IN_TURN it is faster to issue S by turns instead.) That takes half a tile between them, and each
-    needs the other's dS: so dQ comes two tiles late, and slopes have three slots. The first two dQ are made of whatever
-    shared memory held, and dropped.
+    sums are added IN_TURN it is faster to begin a turn when S is issued. It ends with the exponentials there, too: the
+    assembler moves them in front of where it is passed on.) That takes half a tile between them, and each needs the
+    other's dS: so dQ comes two tiles late, and slopes have three slots. The first two dQ are made of whatever shared
+    memory held, and dropped.
 
     dV is issued before dP is waited for: else the assembler moves that wait above the exponentials, and the tensor
     cores have nothing of this warpgroup's to do meanwhile.
@@ -102,7 +103,7 @@ def _consume(
     no_sum = gl.zeros([BLOCK_M, HALF], gl.float32, HALVES)
     slot = 0
     two_before = 1
-    phase = 1
+    phase = 1  # of slot two_before; not filled yet, a wait passes
     open_starts(2, True, WARPGROUP)
     for i in range(count):
         stage = i & 1
@@ -137,7 +138,7 @@ def _consume(
         mbarrier.arrive(ds_full.index(slot), count=1)
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
-        slot = two_before
+        slot = two_before  # of three slots, the next tile's is that of two tiles before
         two_before = one_before
         phase = next_phase
     close_starts(True, WARPGROUP)
@@ -151,7 +152,7 @@ def _consume(
     # Asked of the loader: through the loop the answers would sit in registers.
     in_sinks, i_b, i_h, first = told_place(notes, 0)
     first += WARPGROUP * 64
-    # Both warpgroups are through with the stage of queries that came before the last one.
+    # Both warpgroups are through with the stage of queries that came before the last one: its q and dout are free.
     spare = (q_smem if WARPGROUP == 0 else grad_smem).index(count & 1)
     send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, spare, v, False, Q_SINK)
     dq = warpgroup_mma_wait(0, deps=(dq,))
@@ -176,6 +177,7 @@ def fused_kernel(
     is waited for has started, whatever the order in which the GPU starts programs.
     """
     gl.static_assert((TURN_ROWS == 0) | (TURN_ROWS == BLOCK_M), "each tile of queries has turns of its own")
+    gl.static_assert((BLOCK_M == 64) & (D == 128), "a tile of dQ is two halves [64, 64]")
     gl.static_assert(STAGES == 2, "stages are told by the parity of a tile's number")
     gl.static_assert(SLOPE_STAGES == 3, "dS of this tile, of the one before, and of that which dQ is made of")
     BLOCK_N: gl.constexpr = 128

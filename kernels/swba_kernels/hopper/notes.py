@@ -1,7 +1,8 @@
 """Notes in shared memory: a few integers that one partition leaves for the others, a row of 16 a stage, or just one.
 
 Who computes them once spares the others integer divisions, and the registers that those take through a loop. A note may
-be read once the barrier is full which its writer fills afterwards, and until the readers have given the stage back.
+be read once the barrier is full which its writer fills afterwards, and until the readers have given the stage back: for
+good, where it is written once.
 """
 
 from __future__ import annotations

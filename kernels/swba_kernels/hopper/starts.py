@@ -1,7 +1,8 @@
 """The order in which consumers start their matmuls, or their exponentials, where they take turns.
 
 Consumer i of W waits at hardware barrier START + i for the one before it, and passes on to the one behind it, the last
-to the first. With TURNS off nothing happens. (Turns to add to a sum are another matter: backward_order.py.)
+to the first. With TURNS off nothing happens. Each opens and closes once, and awaits and passes once a tile, the same
+number of tiles. Turns order time, never data. (Turns to add to a sum are another matter: backward_order.py.)
 """
 
 from __future__ import annotations
