@@ -33,7 +33,7 @@ from .backward_shared import (
     seen_buffer,
     send_gradients,
 )
-from .notes import marked, marks_of, notes_of, told
+from .notes import notes_of, told
 from .pipeline import counting, next_stage
 from .starts import await_start, close_starts, open_starts, pass_start
 
@@ -118,7 +118,7 @@ def _consume(
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
         _announce(dq_full, WARPGROUP)
         lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
-        row = marked(marks, stage)
+        row = told(marks, stage, 0)
         await_start(not IN_TURN, WARPGROUP)
         s_t = warpgroup_mma_wait(1, deps=(s_t,))
         pass_start(2, IN_TURN, WARPGROUP)
@@ -194,7 +194,7 @@ def fused_kernel(
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], row_box())
     count_smem = counting(BLOCK_M)
     notes = notes_of(1)
-    marks = marks_of(STAGES)
+    marks = notes_of(STAGES, 1)
     seen_smem = seen_buffer(2)
     keys_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)

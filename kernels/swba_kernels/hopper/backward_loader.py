@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from .backward_ranges import all_start_without_others, next_row, walk_grid, work_of
 from .backward_shared import load_queries
 from .compat import box, tma_load
-from .notes import mark, tell, told
+from .notes import tell, told
 from .pipeline import next_stage
 
 
@@ -55,7 +55,7 @@ def _load_walk(
         mbarrier.wait(empty.index(stage), phase)
         if marks is not None:
             edge = (row < all_start) | (row + BLOCK_M > all_stop)
-            mark(gl.where(edge, row, -1), marks, stage)
+            tell((gl.where(edge, row, -1),), marks, stage)
         mbarrier.expect(ready, 2 * BLOCK_M * (D * 2 + 4))
         load_queries(q_desc, q_sink_desc, in_sinks, [i_b, i_head, row, 0], ready, q_smem.index(stage), Q_SINK)
         tma_load(lse_desc, [i_b * heads + i_head, row], ready, lse_smem.index(stage))
