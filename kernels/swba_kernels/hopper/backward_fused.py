@@ -39,17 +39,26 @@ from .starts import await_start, close_starts, open_starts, pass_start
 
 
 @gluon.jit
-def _hand_over(dq, dq_smem, dq_empty, phase, WARPGROUP: gl.constexpr):
-    """Write 64 columns of dQ to where the warp that adds them reads them."""
-    mbarrier.wait(dq_empty.index(WARPGROUP), phase)
-    dq_smem.index(WARPGROUP).store(by_thread(dq))
+def _issue_dq(ds, k):
+    """Start dQ = dS K for half the columns; ds holds dS transposed."""
+    BLOCK_M: gl.constexpr = ds.shape[1]
+    HALF: gl.constexpr = k.shape[1]
+    none = gl.zeros([BLOCK_M, HALF], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16]))
+    return warpgroup_mma(ds.permute((1, 0)), k, none, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _announce(dq_full, WARPGROUP: gl.constexpr):
-    """Tell the warp that adds them that 64 columns of dQ are there."""
+def _hand_over(dq, buffer, empty, phase):
+    """Write 64 columns of dQ to where the warp that adds them reads them."""
+    mbarrier.wait(empty, phase)
+    buffer.store(by_thread(dq))
+
+
+@gluon.jit
+def _announce(full):
+    """Tell that what this consumer wrote to shared memory is there for the tensor cores and the copy engine."""
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(WARPGROUP), count=1)
+    mbarrier.arrive(full, count=1)
 
 
 @gluon.jit
@@ -84,7 +93,6 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     mbarrier.wait(keys_full, 0)
     in_sinks, i_b, i_h, first = told_place(notes, 0)
@@ -97,10 +105,12 @@ def _consume(
     k = k_smem.slice(WARPGROUP * 64, 64, dim=0)
     k_columns = k_smem.slice(WARPGROUP * HALF, HALF, dim=1)
     v = v_smem.index(WARPGROUP)
+    way_out = dq_smem.index(WARPGROUP)
+    dq_full = dq_full.index(WARPGROUP)
+    dq_empty = dq_empty.index(WARPGROUP)
     dk = gl.zeros([64, D], gl.float32, SUMS)
     dv = gl.zeros([64, D], gl.float32, SUMS)
     none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
-    no_sum = gl.zeros([BLOCK_M, HALF], gl.float32, HALVES)
     slot = 0
     two_before = 1
     phase = 1  # of slot two_before; not filled yet, a wait passes
@@ -109,14 +119,14 @@ def _consume(
         stage = i & 1
         q = q_smem.index(stage)
         grad = grad_smem.index(stage)
-        dq = warpgroup_mma(ds_smem.index(two_before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+        dq = _issue_dq(ds_smem.index(two_before), k_columns)
         mbarrier.wait(full.index(stage), (i >> 1) & 1)
         await_start(IN_TURN, WARPGROUP)
         s_t = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        _hand_over(dq, dq_smem, dq_empty, stage ^ 1, WARPGROUP)
+        _hand_over(dq, way_out, dq_empty, stage ^ 1)
         dp_t = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-        _announce(dq_full, WARPGROUP)
+        _announce(dq_full)
         lse2 = row_terms(lse_smem.index(stage), BLOCK_M, COLUMNS)
         row = told(marks, stage, 0)
         await_start(not IN_TURN, WARPGROUP)
@@ -134,21 +144,20 @@ def _consume(
         one_before, next_phase = next_stage(two_before, phase, SLOTS)
         mbarrier.wait(ds_full.index(one_before), next_phase)
         ds_smem.index(slot).slice(WARPGROUP * 64, 64, dim=0).store(ds_t)
-        fence_async_shared()
-        mbarrier.arrive(ds_full.index(slot), count=1)
+        _announce(ds_full.index(slot))
         dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage), count=1)
         slot = two_before  # of three slots, the next tile's is that of two tiles before
         two_before = one_before
         phase = next_phase
     close_starts(True, WARPGROUP)
-    dq = warpgroup_mma(ds_smem.index(two_before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+    dq = _issue_dq(ds_smem.index(two_before), k_columns)
     dq = warpgroup_mma_wait(0, deps=(dq,))
-    _hand_over(dq, dq_smem, dq_empty, (count & 1) ^ 1, WARPGROUP)
-    _announce(dq_full, WARPGROUP)
+    _hand_over(dq, way_out, dq_empty, (count & 1) ^ 1)
+    _announce(dq_full)
     two_before, phase = next_stage(two_before, phase, SLOTS)
     mbarrier.wait(ds_full.index(two_before), phase)
-    dq = warpgroup_mma(ds_smem.index(two_before).permute((1, 0)), k_columns, no_sum, use_acc=False, is_async=True)
+    dq = _issue_dq(ds_smem.index(two_before), k_columns)
     # Asked of the loader: through the loop the answers would sit in registers.
     in_sinks, i_b, i_h, first = told_place(notes, 0)
     first += WARPGROUP * 64
@@ -156,8 +165,8 @@ def _consume(
     spare = (q_smem if WARPGROUP == 0 else grad_smem).index(count & 1)
     send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, spare, v, False, Q_SINK)
     dq = warpgroup_mma_wait(0, deps=(dq,))
-    _hand_over(dq, dq_smem, dq_empty, count & 1, WARPGROUP)
-    _announce(dq_full, WARPGROUP)
+    _hand_over(dq, way_out, dq_empty, count & 1)
+    _announce(dq_full)
     tma.store_wait(0)
 
 

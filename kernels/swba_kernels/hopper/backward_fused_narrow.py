@@ -57,13 +57,13 @@ def _hand_on(ds_t, ds_smem, barriers, stage, phase, WARPGROUP: gl.constexpr):
 @gluon.jit
 def _consume(
     outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape,
-    DOWN: gl.constexpr, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
+    IN_TURN: gl.constexpr, Q_SINK: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Fold tile after tile of queries into dk and dv of 64 keys, and hand on dS:
 
     S^T = K Q^T | dP^T = V dO^T | P^T = exp2(S^T - lse) | dV += P^T dO | dS^T = P^T (dP^T - delta) | dK += dS^T Q
 
-    dV and dK of a tile run beside S^T and dP^T of the next one. Where sums are added in turn (DOWN), a consumer starts
+    dV and dK of a tile run beside S^T and dP^T of the next one. Where sums are added IN_TURN, a consumer starts
     these when the matmuls of the other have ended.
     """
     k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem = loaded
@@ -86,7 +86,7 @@ def _consume(
     key_phase = 0
     mbarrier.wait(keys_full.index(0), 0)
     more = told(notes, 0, 0) > 0
-    open_starts(2, DOWN, WARPGROUP)
+    open_starts(2, IN_TURN, WARPGROUP)
     while more:
         in_sinks, i_b, i_h, first = told_place(notes, key_stage)
         tiles, from_row, to_row, all_start, all_stop = told_walk(notes, key_stage)
@@ -105,10 +105,10 @@ def _consume(
         p_operand, ds_operand, ds_t = operands(*slopes(k, v, queries, stage, row, edges, scale2, False), queries)
         slope_stage, slope_phase = _hand_on(ds_t, ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         for _ in range(group * tiles - 1):
-            row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
+            row = next_row(row, from_row, to_row, BLOCK_M, IN_TURN)
             p_operand, ds_operand, ds_t, dk, dv, stage, phase = slopes_beside(
                 k, v, queries, (full, empty), stage, phase, row, edges, scale2, p_operand, ds_operand, dk, dv,
-                False, DOWN, WARPGROUP,
+                False, IN_TURN, WARPGROUP,
             )  # fmt: skip
             slope_stage, slope_phase = _hand_on(ds_t, ds_smem, barriers, slope_stage, slope_phase, WARPGROUP)
         dk, dv = fold(p_operand, ds_operand, queries, stage, dk, dv)
@@ -124,19 +124,20 @@ def _consume(
         key_stage, key_phase = next_stage(key_stage, key_phase, KEY_STAGES)
         mbarrier.wait(keys_full.index(key_stage), key_phase)
         more = told(notes, key_stage, 0) > 0
-    close_starts(DOWN, WARPGROUP)
+    close_starts(IN_TURN, WARPGROUP)
 
 
 @gluon.jit
 def _fold_and_add(
     sum_desc, k_smem, ds_smem, dq_smem, key_barriers, barriers, p_turns, notes, pattern, shape,
-    TURN_ROWS: gl.constexpr, DOWN: gl.constexpr, Q_SINK: gl.constexpr,
+    TURN_ROWS: gl.constexpr, Q_SINK: gl.constexpr,
 ):  # fmt: skip
     """Compute dQ = dS K of tile after tile and add it to the sums in global memory.
 
     In turn, a counter serves TURN_ROWS queries, and the first tile of keys that meets a tile of them writes instead of
     adding. A turn is passed on one tile late, when what was added has arrived. dQ goes out by two buffers.
     """
+    IN_TURN: gl.constexpr = TURN_ROWS > 0
     ds_full, ds_empty = barriers
     keys_full, keys_empty = key_barriers
     heads, group, kv_in_all, together = shape
@@ -158,7 +159,7 @@ def _fold_and_add(
     while more:
         i_work = told_work(notes, key_stage)
         in_sinks, part, i_b, i_h, first, i_sums = work_of(i_work, pattern, shape, BLOCK_N, Q_SINK)
-        tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, DOWN)
+        tiles, from_row, to_row, _, _ = walk_grid(first, part, BLOCK_M, BLOCK_N, IN_TURN)
         k = k_smem.index(key_stage)
         i_head = i_h * group
         row = from_row
@@ -195,7 +196,7 @@ def _fold_and_add(
             else:
                 tma_add(sum_desc, at, way_out)
             i_head += (row == to_row).to(gl.int32)
-            row = next_row(row, from_row, to_row, BLOCK_M, DOWN)
+            row = next_row(row, from_row, to_row, BLOCK_M, IN_TURN)
         if TURN_ROWS:
             pass_turn(p_turn, tile + 1, 0)
         mbarrier.arrive(keys_empty.index(key_stage), count=1)
@@ -224,7 +225,7 @@ def fused_narrow_kernel(
     keys: whoever is waited for has started, or will when it has done what is earlier still.
     """
     BLOCK_N: gl.constexpr = 128
-    DOWN: gl.constexpr = TURN_ROWS > 0
+    IN_TURN: gl.constexpr = TURN_ROWS > 0
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [2, BLOCK_N, D], TILE)
@@ -262,9 +263,9 @@ def fused_narrow_kernel(
     pattern = (n, block_size, window, sink, grid_start)
     shape = (heads, group, kv_in_all, together)
     gl.warp_specialize([
-        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, DOWN, Q_SINK, 0)),
-        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, DOWN, Q_SINK, 1)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, IN_TURN, Q_SINK, 0)),
+        (_consume, (outputs, loaded, own, arrivals, barriers, notes, scale2, pattern, shape, IN_TURN, Q_SINK, 1)),
         (_fold_and_add, (sum_desc, k_smem, ds_smem, dq_smem, (keys_full, keys_empty), barriers, p_turns, notes,
-                         pattern, shape, TURN_ROWS, DOWN, Q_SINK)),
-        (load_pieces, (inputs, loaded, arrivals, notes, p_ticket, all_work, pattern, shape, DOWN, Q_SINK)),
+                         pattern, shape, TURN_ROWS, Q_SINK)),
+        (load_pieces, (inputs, loaded, arrivals, notes, p_ticket, all_work, pattern, shape, IN_TURN, Q_SINK)),
     ], [4, 4, 1], [REGISTERS, SUM_REGISTERS, 24])  # fmt: skip
