@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from swba_infer.bench import attention, peers, wan_vae
 from swba_infer.bench.clock import interleave
 from swba_infer.bench.gate import check, expect
 from swba_infer.bench.report import header, summary
+from swba_infer.bench.sensors import sensors
 from swba_infer.bench.shapes import SETS, Shape, _training, select
 from swba_infer.cli import main
 from swba_infer.errors import ConfigError
@@ -128,6 +131,25 @@ def test_only_the_second_half_of_a_turn_counts() -> None:
     calls = {name: (lambda: None, 1) for name in "ab"}
     timings = interleave(calls, CPU, budget=1e-9, rounds=4)
     assert {name: timing.samples for name, timing in timings.items()} == {"a": 4, "b": 4}
+
+
+def test_without_a_gpu_a_report_says_why_clock_and_power_are_missing(tmp_path) -> None:
+    assert run("--ours", "swba", "--peers", "none", "--out", str(tmp_path / "report.json")) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["no_sensors"] == "no sensors on cpu"
+    assert [(row["sm_mhz"], row["watts"]) for row in report["results"]] == [(None, None)]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_clock_and_power_are_read_while_it_works() -> None:
+    device = torch.device("cuda")
+    read, reason = sensors(device)
+    if read is None:
+        pytest.skip(reason)
+    x = torch.randn(4096, 4096, device=device)
+    (timing,) = interleave({"matmul": (lambda: x @ x, 1)}, device, budget=0.2, rounds=2).values()
+    assert timing.sm_mhz > 100
+    assert timing.watts > 50
 
 
 def test_the_summary_puts_ratios_on_ours() -> None:

@@ -23,14 +23,16 @@ from .clock import Timing, as_graph, check_budget, interleave, rulers
 from .gate import Expected, check, expect
 from .peers import OURS
 from .report import header, plot_attention, summary, write_json
+from .sensors import sensors
 from .shapes import Shape, select
 
 BACKWARD = 2.5
 METHOD = (
-    "random data; turns in A B B A order, each repeats one variant without a pause and counts from its middle on; "
-    "medians per call; caches not flushed; CUDA graph replay, 20 calls a graph below 0.2 ms; a training variant that "
-    "cannot be captured is called eagerly (replayed: false); the forward keeps what a backward needs; loop-*: a dense "
-    "call per block; rings are full unless the shape says how far they are filled"
+    "random data; four turns of a quarter of the budget in A B B A order, each repeats one variant without a pause and "
+    "counts from its middle on; medians per call, and of clock and power meanwhile; caches not flushed; CUDA graph "
+    "replay, 20 calls a graph below 0.2 ms; a training variant that cannot be captured is called eagerly (replayed: "
+    "false); the forward keeps what a backward needs; loop-*: a dense call per block; rings are full unless the shape "
+    "says how far they are filled"
 )
 
 
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     budget = check_budget(args.budget)
     out = check_writable(args.out) if args.out else None
     variants = {shape: _wanted(args.ours, args.peers, shape) for shape in shapes}
-    report = {**header(device, args.argv), "method": METHOD, "rulers": rulers(device), "results": [], "skipped": []}
+    report = {**header(device, args.argv), "method": METHOD, "no_sensors": sensors(device)[1], "rulers": rulers(device)}
+    report |= {"results": [], "skipped": []}
     print(f"{report['device']}: " + ", ".join(f"{k} {v:.4g}" for k, v in report["rulers"].items()))
     for shape in shapes:
         measure(shape, device, variants[shape], args.impl, budget, report)
@@ -193,6 +196,8 @@ def _time(
                 "ms_p10": timing.p10,
                 "ms_p90": timing.p90,
                 "samples": timing.samples,
+                "sm_mhz": timing.sm_mhz,
+                "watts": timing.watts,
                 "replayed": name in replayed,
                 "tflops": flops / timing.median / 1e9,
                 "best_peer_over_this": best_peer / timing.median if best_peer else None,
@@ -238,7 +243,8 @@ def _table(shape: Shape, report: Mapping[str, Any]) -> str:
             lines.append(
                 f"  {row['pass']:<9}{row['variant']:<16}{row['ms']:10.4f} ms "
                 f" [{row['ms_p10']:.4f}, {row['ms_p90']:.4f}]{row['tflops']:9.1f} TFLOP/s"
-                + (f"  x{ratio:.2f} of the best peer" if ratio else "")
+                + (f"  {row['sm_mhz']:.0f} MHz {row['watts']:.0f} W" if row["watts"] else "")
+                + (f"  x{ratio:.3f} of the best peer" if ratio else "")
             )
     for row in report["skipped"]:
         if row["shape"] == shape.name:

@@ -12,18 +12,23 @@ from typing import NamedTuple
 import torch
 
 from ..errors import ConfigError
+from .sensors import Reading, sensors
 
 REPLAY_BELOW_MS = 0.2
 CALLS_PER_GRAPH = 20
+READ_EVERY_S = 0.002
 
 
 class Timing(NamedTuple):
-    """Milliseconds per call: median over samples, 10th and 90th percentile, number of samples."""
+    """Milliseconds per call: median over samples, 10th and 90th percentile, number of samples. Of the same time: median
+    clock of the multiprocessors in MHz and median power in watts, None where nobody can tell."""
 
     median: float
     p10: float
     p90: float
     samples: int
+    sm_mhz: float | None = None
+    watts: float | None = None
 
 
 def check_budget(seconds: float) -> float:
@@ -54,7 +59,7 @@ def as_graph(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], obj
     torch.cuda.current_stream().wait_stream(stream)
     replay = _capture(call, 1, stream)
     replay()
-    if min(_sample(replay, 3, torch.device("cuda"))) >= REPLAY_BELOW_MS:
+    if min(_sample(replay, 3, torch.device("cuda"))[0]) >= REPLAY_BELOW_MS:
         return replay, 1
     return _capture(call, CALLS_PER_GRAPH, stream), CALLS_PER_GRAPH
 
@@ -78,7 +83,8 @@ def interleave(
     """Time each call for about `budget` seconds, in turns of alternating order (A B B A).
 
     Each turn repeats one call without a pause, and its first half does not count: the clock of a GPU settles on what
-    its power allows, which the variant before has left at another value.
+    its power allows, which the variant before has left at another value. That takes an H200 some 0.2 s: in turns of 30
+    ms all variants ran at one clock, which shows who needs fewer cycles, in turns of 600 ms each at its own.
 
     Args:
         calls: name to (function, calls of the measured thing that one invocation makes).
@@ -87,35 +93,48 @@ def interleave(
     """
     counts = {}
     for name, (call, _) in calls.items():
-        first = min(_sample(call, 2, device))
+        first = min(_sample(call, 2, device)[0])
         counts[name] = max(2, min(4000, int(budget * 1e3 / rounds / max(first, 1e-3))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    readings: dict[str, list[Reading]] = {name: [] for name in calls}
+    read, _ = sensors(device)
     names = list(calls)
     for i in range(rounds):
         for name in names if i % 2 == 0 else names[::-1]:
             call, repeat = calls[name]
-            turn = _sample(call, counts[name], device)
+            turn, seen = _sample(call, counts[name], device, read)
             samples[name] += [ms / repeat for ms in turn[len(turn) // 2 :]]
-    return {
-        name: Timing(statistics.median(ms), percentile(ms, 0.1), percentile(ms, 0.9), len(ms))
-        for name, ms in samples.items()
-    }
+            readings[name] += seen
+    return {name: _timing(samples[name], readings[name]) for name in names}
 
 
-def _sample(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
+def _timing(ms: list[float], readings: list[Reading]) -> Timing:
+    seen = [statistics.median(values) for values in zip(*readings, strict=True)]
+    return Timing(statistics.median(ms), percentile(ms, 0.1), percentile(ms, 0.9), len(ms), *seen)
+
+
+def _sample(
+    call: Callable[[], object], count: int, device: torch.device, read: Callable[[], Reading] | None = None
+) -> tuple[list[float], list[Reading]]:
+    """Return the milliseconds of each of `count` calls, and what `read` returned during their second half."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(count):
             call()
             marks.append(time.perf_counter())
-        return [(b - a) * 1e3 for a, b in pairwise(marks)]
+        return [(b - a) * 1e3 for a, b in pairwise(marks)], []
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
+    readings = []
+    while read and not events[-1].query():
+        if events[count // 2].query():
+            readings.append(read())
+        time.sleep(READ_EVERY_S)
     torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) for a, b in pairwise(events)]
+    return [a.elapsed_time(b) for a, b in pairwise(events)], readings
 
 
 def rulers(device: torch.device) -> dict[str, float]:
