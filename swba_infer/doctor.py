@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 import swba_kernels
+from swba_kernels.hopper.assembler import describe
 from swba_kernels.hopper.supports import build_obstacle
 
 from .bench.report import device_name, versions
@@ -54,7 +55,7 @@ def report(head_dim: int = 64) -> Iterator[str]:
             yield f"{device!s:<13}{op}: {choice.name} ({choice.reason}; {str(dtype)[6:]}, head dim {head_dim})"
     obstacle = build_obstacle()
     yield "hopper       " + (
-        f"kernels cannot be built: {obstacle}" if obstacle else "kernels can be built by this Triton"
+        f"kernels cannot be built: {obstacle}" if obstacle else f"kernels can be built by this Triton ({describe()})"
     )
     for module, extra in EXTRAS.items():
         yield f"{module:<13}" + _presence(module, extra)

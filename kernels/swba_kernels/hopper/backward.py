@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..portable.forward import LOG2E
+from .assembler import own_assembler
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .backward_fused import fused_kernel
@@ -87,6 +88,7 @@ def choose_config(head_dim: int, deterministic: bool, waves: float) -> Split | F
     return (SPLIT if waves < FEWEST_WAVES else IN_TURN)[head_dim]
 
 
+@own_assembler
 @triton.jit(
     do_not_specialize=[
         "s_ob", "s_oh", "s_on", "s_gb", "s_gh", "s_gn", "heads", "n", "terms_stride", "copy_stride", "tiles",
@@ -162,6 +164,7 @@ def copyable(x: Tensor) -> Tensor:
     return x if tma_strides(x) and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
+@own_assembler
 @gluon.jit(
     do_not_specialize=["count", "n", "block_size", "window", "sink", "grid_start", "tiles", "sink_part"]
 )  # fmt: skip
@@ -177,6 +180,7 @@ def start_turns_kernel(
     gl.store(p_counters + i, gl.zeros_like(i), mask=i < 4)
 
 
+@own_assembler
 @triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "n", "tiles"])
 def cast_kernel(p_sum, p_more, p_dq, scale, s_b, s_h, s_n, heads, n, tiles, D: tl.constexpr, TWO: tl.constexpr):
     """Write dq = scale * sum in the dtype and layout of dq, or of TWO sums; strides count 8 elements.

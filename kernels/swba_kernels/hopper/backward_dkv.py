@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .assembler import own_assembler
 from .backward_ranges import latest_row, pattern_of, place_apart, queries_of, query_walk
 from .backward_shared import (
     LN2,
@@ -149,6 +150,7 @@ def _consume(outputs, buffers, barriers, scale2, pattern, shape, Q_SINK: gl.cons
     tma.store_wait(0)
 
 
+@own_assembler
 @gluon.jit(do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "tiles"])
 def dkv_kernel(
     q_desc, q_sink_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, dk_desc, dv_desc, dk_sink_desc, dv_sink_desc,

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .assembler import own_assembler
 from .backward_ranges import block_end, key_tile, key_walk, key_walk_apart, pattern_of
 from .backward_shared import LN2, clear_past, load_queries, store_tile
 from .compat import box, tma_load
@@ -160,6 +161,7 @@ def _consume(
     tma.store_wait(0)
 
 
+@own_assembler
 @gluon.jit(
     do_not_specialize=[
         "n", "terms_stride", "block_size", "window", "sink", "grid_start", "heads", "group", "tiles", "rest",

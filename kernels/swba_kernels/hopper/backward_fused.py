@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .assembler import own_assembler
 from .backward_loader import load, told_place
 from .backward_order import add, by_thread, sum_box
 from .backward_ranges import hide_others, pattern_of, queries_of
@@ -170,6 +171,7 @@ def _consume(
     tma.store_wait(0)
 
 
+@own_assembler
 @gluon.jit(
     do_not_specialize=["n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all", "together"]
 )

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .assembler import own_assembler
 from .backward_loader import load_pieces, told_place, told_walk, told_work
 from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
 from .backward_ranges import (
@@ -206,6 +207,7 @@ def _fold_and_add(
     tma.store_wait(0)
 
 
+@own_assembler
 @gluon.jit(
     do_not_specialize=[
         "n", "block_size", "window", "sink", "grid_start", "heads", "group", "kv_in_all", "together", "all_work",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .assembler import own_assembler
 from .compat import allow_dependents, await_prerequisites
 
 FIELDS = gl.constexpr(6)  # of an entry in the table: row, head, first query, first unit, units between parts, parts
@@ -20,6 +21,7 @@ def rows_of_program(head_dim: int) -> int:
     return 1024 // head_dim
 
 
+@own_assembler
 @gluon.jit(do_not_specialize=["heads", "n", "stride_ob", "stride_oh", "stride_on"])
 def combine(
     p_part, p_part_lse, p_out, p_lse, p_merges, heads, n, stride_ob, stride_oh, stride_on,

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .assembler import own_assembler
 from .compat import allow_dependents, await_prerequisites, box, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import next_stage
@@ -332,6 +333,7 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return full, empty
 
 
+@own_assembler
 @gluon.jit(
     do_not_specialize=[
         "heads", "group", "n", "slots", "sink", "slot_tiles", "stride_valid", "stride_lanes",

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .assembler import own_assembler
 from .compat import allow_dependents, await_prerequisites, box, cta_barrier, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import counting
@@ -103,6 +104,7 @@ def _loop(
     return last_values(acc, p, v_smem, v_full, tiles, STAGES), top, total
 
 
+@own_assembler
 @gluon.jit(
     do_not_specialize=[
         "heads", "group", "n", "slots", "sink", "splits", "stride_valid", "stride_lanes",

@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..portable.forward import LOG2E, Ring
+from .assembler import own_assembler
 from .forward_consumer import Outputs, consume
 from .forward_plan import plan_forward
 from .forward_producer import Inputs, produce
@@ -30,6 +31,7 @@ from .notes import notes_of
 from .supports import sees_all
 
 
+@own_assembler
 @gluon.jit(
     do_not_specialize=[
         "s_ob", "s_oh", "s_on", "scale2", "heads", "group", "n", "block_size", "window", "sink", "grid_start",

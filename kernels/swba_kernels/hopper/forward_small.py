@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .assembler import own_assembler
 from .compat import box, cta_barrier, tma_load, tma_store
 from .forward_consumer import clear_rows
 from .forward_plan import block_end
@@ -118,6 +119,7 @@ def _loop(
     return last_values(acc, p, v_smem, v_full, tiles, STAGES), top, total
 
 
+@own_assembler
 @gluon.jit(do_not_specialize=["heads", "group", "n", "block_size", "window", "grid_start"])
 def forward_small(
     q_desc, k_desc, v_desc, out_desc, p_lse, scale2, heads, group, n, block_size, window, grid_start,
