@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -13,9 +14,13 @@ from aot import SHARED_LIMIT, Report, assembler_warnings, compile_launches
 from hopper_launches import prefill, rows, straddle, stream, train
 
 from swba_infer.bench.shapes import SETS, Shape
+from swba_kernels.hopper.starts import START
 from swba_kernels.hopper.supports import build_obstacle
 
 pytestmark = pytest.mark.gluon
+
+# Those that Triton numbers itself and those by which consumers take turns must not meet.
+HARDWARE_BARRIER = re.compile(r"\b(?:bar|barrier)\.(?:cta\.)?(?:sync|arrive)(?:\.aligned)?\s+(\d+)(?:,\s*(\d+))?;")
 
 NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 
@@ -74,6 +79,8 @@ def check(launches: list[tuple[str, Report]], kind: str = "") -> None:
     for name, report in launches:
         assert report.shared <= SHARED_LIMIT[90], name
         assert report.spills <= allowed.get(name, 0), f"{name}: {report.spills} bytes a thread"
+        for barrier, threads in HARDWARE_BARRIER.findall(report.ptx):
+            assert (int(barrier) >= START.value) == (threads == "256"), f"{name}: barrier {barrier}, {threads} threads"
         if name not in NO_MATMUL:
             assert "wgmma.mma_async" in report.ptx, name
             assert "cp.async.bulk.tensor" in report.ptx, name
