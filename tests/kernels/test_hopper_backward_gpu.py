@@ -184,26 +184,39 @@ def test_gradients_replay_from_a_graph(mode) -> None:
         assert all(map(torch.equal, captured, expected))
 
 
-def test_no_new_kernel_for_new_sizes() -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_no_new_kernel_for_new_sizes(head_dim) -> None:
     from swba_kernels.hopper.backward_dkv import dkv_kernel
     from swba_kernels.hopper.backward_dq import dq_kernel
+    from swba_kernels.hopper.backward_fused import fused_kernel
     from swba_kernels.hopper.backward_fused_narrow import fused_narrow_kernel
 
     def kernels() -> int:
-        made = (dkv_kernel, dq_kernel, fused_narrow_kernel)
-        return sum(len(cache[0]) for kernel in made for cache in kernel.device_caches.values())
+        made = (dkv_kernel, dq_kernel, fused_kernel if head_dim == 128 else fused_narrow_kernel)
+        counts = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in made]
+        return sum(counts) if all(counts) else 0
 
     def run(case: Case) -> None:
         for mode in MODES:
             inputs = qkv(case, torch.bfloat16, "cuda")
             gradients(case, inputs, draw_dout(case, torch.bfloat16), **mode_options(mode, case.head_dim))
 
-    run(Case(BlockWindow(100, 300, 5), 500, head_dim=64))
+    run(Case(BlockWindow(100, 300, 5), 500, head_dim=head_dim))
     before = kernels()
     assert before
     for n, block_size in ((1, 1), (16, 16), (512, 128), (1000, 333)):
-        run(Case(BlockWindow(block_size, 2 * block_size, 16, 1), n, heads=4, kv_heads=1, head_dim=64, batch=1))
+        run(Case(BlockWindow(block_size, 2 * block_size, 16, 1), n, heads=4, kv_heads=1, head_dim=head_dim, batch=1))
     assert kernels() == before
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_walks_of_every_length(head_dim, group, mode) -> None:
+    """Stages go round by two or four and slots by three: walks of 1 to 21 tiles of queries end on each of them."""
+    for n in range(64, 449, 64):
+        case = Case(BlockWindow(n, n), n, heads=group, kv_heads=1, head_dim=head_dim, batch=1)
+        check(case, qkv(case, torch.bfloat16, "cuda"), draw_dout(case, torch.bfloat16), **mode_options(mode, head_dim))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
