@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--impl", default="auto", help="what swba runs (default: %(default)s)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
-    parser.add_argument("--budget", type=float, default=1.6, help="seconds per variant and pass (default: %(default)s)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=1.6,
+        help="seconds per variant and pass, in four turns; clocks settle in turns of 0.3 s (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="JSON to write; the plot goes beside it as .png")
 
 
