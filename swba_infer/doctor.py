@@ -53,10 +53,7 @@ def report(head_dim: int = 64) -> Iterator[str]:
         for op in OPS:
             choice = swba_kernels.choose_impl(device, dtype, head_dim, op)
             yield f"{device!s:<13}{op}: {choice.name} ({choice.reason}; {str(dtype)[6:]}, head dim {head_dim})"
-    obstacle = build_obstacle()
-    yield "hopper       " + (
-        f"kernels cannot be built: {obstacle}" if obstacle else f"kernels can be built by this Triton ({describe()})"
-    )
+    yield "hopper       " + _hopper()
     for module, extra in EXTRAS.items():
         yield f"{module:<13}" + _presence(module, extra)
     yield "h264         " + _encoder()
@@ -64,6 +61,16 @@ def report(head_dim: int = 64) -> Iterator[str]:
         shutil.which("cc") or shutil.which("gcc") or "none found: torch.compile and triton need one"
     )
     yield from _models()
+
+
+def _hopper() -> str:
+    obstacle = build_obstacle()
+    if not obstacle:
+        try:
+            return f"kernels can be built by this Triton ({describe()})"
+        except (ImportError, RuntimeError) as error:  # no backend for NVIDIA, or one without an assembler
+            obstacle = str(error)
+    return f"kernels cannot be built: {obstacle}"
 
 
 def _presence(module: str, extra: str) -> str:

@@ -140,11 +140,29 @@ def test_without_a_gpu_a_report_says_why_clock_and_power_are_missing(tmp_path) -
     assert [(row["sm_mhz"], row["watts"]) for row in report["results"]] == [(None, None)]
 
 
+def test_errors_of_the_sensors_cost_readings_and_no_more(monkeypatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def fails(device: torch.device) -> float:
+        raise NVMLError("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "clock_rate", fails)
+    read, reason = sensors(torch.device("cuda"))
+    assert (read(), reason) == (None, "NVMLError: Not Supported")
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda device: 1500)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 700_000)
+    read, reason = sensors(torch.device("cuda"))
+    assert (read(), reason) == ((1500.0, 700.0), "")
+    monkeypatch.setattr(torch.cuda, "clock_rate", fails)
+    assert read() is None
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_clock_and_power_are_read_while_it_works() -> None:
     device = torch.device("cuda")
-    read, reason = sensors(device)
-    if read is None:
+    _, reason = sensors(device)
+    if reason:
         pytest.skip(reason)
     x = torch.randn(4096, 4096, device=device)
     (timing,) = interleave({"matmul": (lambda: x @ x, 1)}, device, budget=0.2, rounds=2).values()

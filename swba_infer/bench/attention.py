@@ -29,10 +29,11 @@ from .shapes import Shape, select
 BACKWARD = 2.5
 METHOD = (
     "random data; four turns of a quarter of the budget in A B B A order, each repeats one variant without a pause and "
-    "counts from its middle on; medians per call, and of clock and power meanwhile; caches not flushed; CUDA graph "
-    "replay, 20 calls a graph below 0.2 ms; a training variant that cannot be captured is called eagerly (replayed: "
-    "false); the forward keeps what a backward needs; loop-*: a dense call per block; rings are full unless the shape "
-    "says how far they are filled"
+    "counts from its middle on; medians per call, and of clock and power meanwhile (power: NVML's mean over its last "
+    "period, up to a second, so in short turns that of all variants); caches not flushed; CUDA graph replay, 20 calls "
+    "a graph below 0.2 ms; a training variant that cannot be captured is called eagerly (replayed: false); the forward "
+    "keeps what a backward needs; loop-*: a dense call per block; rings are full unless the shape says how far they "
+    "are filled"
 )
 
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         default=1.6,
-        help="seconds per variant and pass, in four turns; clocks settle in turns of 0.3 s (default: %(default)s)",
+        help="seconds per variant and pass, in four turns; clocks settle in turns of 0.4 s (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, help="JSON to write; the plot goes beside it as .png")
 
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     report = {**header(device, args.argv), "method": METHOD, "no_sensors": sensors(device)[1], "rulers": rulers(device)}
     report |= {"results": [], "skipped": []}
     print(f"{report['device']}: " + ", ".join(f"{k} {v:.4g}" for k, v in report["rulers"].items()))
+    if device.type == "cuda" and report["no_sensors"]:
+        print(f"clock and power are not reported: {report['no_sensors']}")
     for shape in shapes:
         measure(shape, device, variants[shape], args.impl, budget, report)
         print(_table(shape, report), flush=True)

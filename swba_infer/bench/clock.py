@@ -20,8 +20,8 @@ READ_EVERY_S = 0.002
 
 
 class Timing(NamedTuple):
-    """Milliseconds per call: median over samples, 10th and 90th percentile, number of samples. Of the same time: median
-    clock of the multiprocessors in MHz and median power in watts, None where nobody can tell."""
+    """Milliseconds per call: median over samples, 10th and 90th percentile, number of samples. Beside them, medians of
+    the multiprocessors' clock in MHz and of the GPU's power in watts (see `Reading`); None where nobody can tell."""
 
     median: float
     p10: float
@@ -114,7 +114,7 @@ def _timing(ms: list[float], readings: list[Reading]) -> Timing:
 
 
 def _sample(
-    call: Callable[[], object], count: int, device: torch.device, read: Callable[[], Reading] | None = None
+    call: Callable[[], object], count: int, device: torch.device, read: Callable[[], Reading | None] = lambda: None
 ) -> tuple[list[float], list[Reading]]:
     """Return the milliseconds of each of `count` calls, and what `read` returned during their second half."""
     if device.type != "cuda":
@@ -129,12 +129,12 @@ def _sample(
         call()
         event.record()
     readings = []
-    while read and not events[-1].query():
+    while not events[-1].query():
         if events[count // 2].query():
             readings.append(read())
         time.sleep(READ_EVERY_S)
     torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) for a, b in pairwise(events)], readings
+    return [a.elapsed_time(b) for a, b in pairwise(events)], [reading for reading in readings if reading]
 
 
 def rulers(device: torch.device) -> dict[str, float]:

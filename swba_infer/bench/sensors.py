@@ -13,22 +13,29 @@ import torch
 
 
 class Reading(NamedTuple):
-    """Clock of the multiprocessors in MHz and power of the GPU in watts (NVML's mean over its own last period)."""
+    """Clock of the multiprocessors in MHz, and the GPU's power in watts: its mean over about the last second."""
 
     sm_mhz: float
     watts: float
 
 
-def sensors(device: torch.device) -> tuple[Callable[[], Reading] | None, str]:
-    """Return a function that reads the sensors of a GPU and "", or None and the reason why they cannot be read."""
-    if device.type != "cuda":
-        return None, f"no sensors on {device.type}"
-
-    def read() -> Reading:
-        return Reading(torch.cuda.clock_rate(device), torch.cuda.power_draw(device) / 1000)
-
+def sensors(device: torch.device) -> tuple[Callable[[], Reading | None], str]:
+    """Return a function that reads the sensors of a GPU, and "" or the reason why it can only return None."""
+    if device.type != "cuda" or torch.version.hip:
+        return lambda: None, f"no sensors on {'ROCm' if torch.version.hip else device.type}"
     try:
-        read()
-    except (ImportError, RuntimeError) as error:  # torch asks nvidia-ml-py, and that the driver
-        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+        _ask(device)
+    except Exception as error:  # torch asks nvidia-ml-py, which may be missing and has errors of its own
+        return lambda: None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+    def read() -> Reading | None:
+        try:
+            return _ask(device)
+        except Exception:  # as above; the times that are being taken are worth more than the clock beside them
+            return None
+
     return read, ""
+
+
+def _ask(device: torch.device) -> Reading:
+    return Reading(float(torch.cuda.clock_rate(device)), torch.cuda.power_draw(device) / 1000)

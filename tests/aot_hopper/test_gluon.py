@@ -81,6 +81,8 @@ def check(launches: list[tuple[str, Report]], kind: str = "") -> None:
         assert report.spills <= allowed.get(name, 0), f"{name}: {report.spills} bytes a thread"
         for barrier, threads in HARDWARE_BARRIER.findall(report.ptx):
             assert (int(barrier) >= START.value) == (threads == "256"), f"{name}: barrier {barrier}, {threads} threads"
+        if name == "fused_kernel":
+            assert {(str(START.value + i), "256") for i in (0, 1)} <= set(HARDWARE_BARRIER.findall(report.ptx))
         if name not in NO_MATMUL:
             assert "wgmma.mma_async" in report.ptx, name
             assert "cp.async.bulk.tensor" in report.ptx, name
