@@ -83,8 +83,8 @@ def interleave(
     """Time each call for about `budget` seconds, in turns of alternating order (A B B A).
 
     Each turn repeats one call without a pause, and its first half does not count: the clock of a GPU settles on what
-    its power allows, which the variant before has left at another value. That takes an H200 some 0.2 s: in turns of 30
-    ms all variants ran at one clock, which shows who needs fewer cycles, in turns of 600 ms each at its own.
+    its power allows, which the variant before has left at another value. That takes an H200 0.1 to 0.3 s: in turns of
+    30 ms all variants ran at nearly one clock, which shows who needs fewer cycles, in turns of 600 ms each at its own.
 
     Args:
         calls: name to (function, calls of the measured thing that one invocation makes).

@@ -41,7 +41,7 @@ def entries() -> list[JITFunction]:
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no process know a compiled kernel, or the version of its assembler."""
+    """Forget compiled kernels and the version of the assembler: a new process knows neither."""
     get_ptxas_version.cache_clear()
     for kernel in jitted():
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))

@@ -79,10 +79,10 @@ def check(launches: list[tuple[str, Report]], kind: str = "") -> None:
     for name, report in launches:
         assert report.shared <= SHARED_LIMIT[90], name
         assert report.spills <= allowed.get(name, 0), f"{name}: {report.spills} bytes a thread"
-        for barrier, threads in HARDWARE_BARRIER.findall(report.ptx):
+        barriers = set(HARDWARE_BARRIER.findall(report.ptx))
+        for barrier, threads in barriers:
             assert (int(barrier) >= START.value) == (threads == "256"), f"{name}: barrier {barrier}, {threads} threads"
-        if name == "fused_kernel":
-            assert {(str(START.value + i), "256") for i in (0, 1)} <= set(HARDWARE_BARRIER.findall(report.ptx))
+        assert name != "fused_kernel" or {(str(START.value + i), "256") for i in (0, 1)} <= barriers
         if name not in NO_MATMUL:
             assert "wgmma.mma_async" in report.ptx, name
             assert "cp.async.bulk.tensor" in report.ptx, name
