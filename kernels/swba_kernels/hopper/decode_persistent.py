@@ -29,8 +29,9 @@ from .assembler import own_assembler
 from .compat import allow_dependents, await_prerequisites, box, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import next_stage
-from .softmax import finish_before, first_weights, hide_first, next_weights, rescale, row_total
+from .softmax import first_weights, hide_first, next_weights, rescale, row_state
 from .starts import await_start, close_starts, open_starts, pass_start
+from .weights import as_operand, weigh_values
 
 # Of an item in the table: row, head, first query, low and high end of its part of the keys, unit, items of this CTA.
 FIELDS = gl.constexpr(8)
@@ -147,6 +148,7 @@ def _next_tile(
     v_full, v_empty = v_bars
     BN: gl.constexpr = k_smem.shape[1]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    OVERLAP: gl.constexpr = k_smem.shape[2] == 128
     v_stage = stage
     v_phase = phase
     stage, phase = next_stage(stage, phase, k_smem.shape[0])
@@ -154,19 +156,22 @@ def _next_tile(
     await_start(TURNS, ME)
     s = _scores(q, k_smem.index(stage), SCORES, BN)
     mbarrier.wait(v_full.index(v_stage), v_phase)
-    acc = warpgroup_mma(p, v_smem.index(v_stage), acc, is_async=True)
+    acc = weigh_values(p, v_smem.index(v_stage), acc)
     pass_start(W, TURNS, ME)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    if OVERLAP:
+        s = warpgroup_mma_wait(1, deps=(s,))
+    else:
+        s, acc = warpgroup_mma_wait(0, deps=(s, acc))
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
     mbarrier.arrive(k_empty.index(stage), count=1)
     if BEGINS:
         s = hide_first(s, run[2])
-    weights, top, total, fade = next_weights(s, top, total, scale2)
-    if k_smem.shape[2] == 128:  # at 64 it costs 8%
-        finish_before(total)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(v_empty.index(v_stage), count=1)
+    p, top, total, fade = next_weights(s, top, total, scale2, q.dtype)
+    if OVERLAP:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        p = as_operand(p, q.dtype, k_smem.shape[2])
     acc = rescale(acc, fade)
-    p = gl.convert_layout(weights.to(q.dtype), p.type.layout, assert_trivial=True)
     return acc, p, top, total, stage, phase
 
 
@@ -197,7 +202,6 @@ def _attend(
     Q_STAGES: gl.constexpr = q_smem.shape[0] // W
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     if Q_SINK:
         run = _first_run(of_sinks, others)
     else:
@@ -208,9 +212,10 @@ def _attend(
     pass_start(W, TURNS, ME)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    weights, top, total = first_weights(hide_first(s, run[2]), scale2)
+    p, top, total = first_weights(hide_first(s, run[2]), scale2, q.dtype)
+    if k_smem.shape[2] == 128:
+        p = as_operand(p, q.dtype, k_smem.shape[2])
     acc = gl.zeros([64, D], gl.float32, ACC)
-    p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     for _ in range(1, run[0]):
         acc, p, top, total, stage, phase = _next_tile(
             q, run, acc, p, top, total, keys, stage, phase, scale2, W, False, TURNS, ME
@@ -230,7 +235,7 @@ def _attend(
             mbarrier.arrive(q_empty.index(q_stage), count=1)
             q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
     mbarrier.wait(v_full.index(stage), phase)
-    acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
+    acc = weigh_values(p, v_smem.index(stage), acc)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(stage), count=1)
     stage, phase = next_stage(stage, phase, STAGES)
@@ -262,14 +267,13 @@ def _consumer(
     Q_SINK: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """Own 64 query rows of each item. A whole item goes to the output, a part of one to the workspace."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     heads, group, n, slots, sink, slot_tiles, rounds, stride_valid, stride_lanes = sizes
     out_desc, p_lse, p_part, p_part_lse = results
     q_smem, out_smem, q_full, q_empty = queries
     Q_STAGES: gl.constexpr = q_smem.shape[0] // W
     staged = out_smem.index(ME)
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
     stage = 0
     phase = 0
     q_stage = 0
@@ -303,9 +307,9 @@ def _consumer(
                 )  # fmt: skip
                 if i_round == rounds - 1:  # not earlier: CTAs of the merge would crowd the first idle multiprocessors
                     allow_dependents()
-                total = row_total(total, top)
+                top, total = row_state(top, total, gl.SliceLayout(1, ACC))
                 lse = top + gl.log2(total)
-                acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, ACC), assert_trivial=True))[:, None]
+                acc = acc * (1.0 / total)[:, None]
                 if unit < 0:
                     p_row = p_lse + (i_b * heads + i_h).to(gl.int64) * n + i_n
                     gl.store(p_row + rows, lse * 0.6931471805599453, mask=rows + i_n < n)
@@ -315,9 +319,8 @@ def _consumer(
                     tma_store(out_desc, [i_b, i_h, i_n, 0], box(staged, 64, D))
                 else:
                     gl.store(p_part_lse + unit_rows + rows, lse)
-                    part_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
                     columns = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
-                    gl.store(p_part + unit_rows * D + (part_rows[:, None] * D + columns[None, :]), acc)
+                    gl.store(p_part + unit_rows * D + (rows[:, None] * D + columns[None, :]), acc)
     close_starts(TURNS, ME)
     tma.store_wait(0)
 

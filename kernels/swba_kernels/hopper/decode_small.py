@@ -27,7 +27,8 @@ from .compat import allow_dependents, await_prerequisites, box, cta_barrier, tma
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import counting
 from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
-from .softmax import first_weights, hide_first, next_weights, rescale, row_total
+from .softmax import first_weights, hide_first, next_weights, rescale, row_state
+from .weights import weigh_values
 
 
 @gluon.jit
@@ -59,7 +60,6 @@ def _loop(
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     q, q_full, _, _ = queries
     sinks = at[3]
     zero = gl.zeros([64, BN], gl.float32, SCORES)
@@ -68,28 +68,18 @@ def _loop(
     _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
     if Q_SINK:
         _replace_queries(queries, (sinks == 1) & (tiles > 1))
-    weights, top, total = first_weights(hide_first(s, behind[0]), scale2)
-    p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
+    p, top, total = first_weights(hide_first(s, behind[0]), scale2, q.dtype)
     acc = gl.zeros([64, D], gl.float32, ACC)
     for j in range(1, tiles):
         stage = j % STAGES
         last = (j - 1) % STAGES
-        if j == 1:
-            mbarrier.wait(k_full.index(stage), j // STAGES & 1)
+        mbarrier.wait(k_full.index(stage), j // STAGES & 1)
         if Q_SINK:
             mbarrier.wait(q_full, 1, pred=j == sinks)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
-        acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        if Q_SINK:
-            if j == sinks:
-                counts = count_smem.load(gl.SliceLayout(0, SCORES)) + behind[1] >= 0
-                s = gl.where(counts[None, :], s, float("-inf"))
-        weights, top, total, fade = next_weights(s, top, total, scale2)
-        # This wait ends a basic block: without it ptxas moves the next one, for the values, before the exponentials.
-        mbarrier.wait(k_full.index((j + 1) % STAGES), (j + 1) // STAGES & 1, pred=j + 1 < tiles)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = weigh_values(p, v_smem.index(last), acc)
+        s, acc = warpgroup_mma_wait(0, deps=(s, acc))
         cta_barrier()
         expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
         expect_tile(j + STAGES, tiles, k_full, BN, D, STAGES)
@@ -97,8 +87,12 @@ def _loop(
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         if Q_SINK:
             _replace_queries(queries, (j + 1 == sinks) & (sinks < tiles))
+        if Q_SINK:
+            if j == sinks:
+                counts = count_smem.load(gl.SliceLayout(0, SCORES)) + behind[1] >= 0
+                s = gl.where(counts[None, :], s, float("-inf"))
+        p, top, total, fade = next_weights(s, top, total, scale2, q.dtype)
         acc = rescale(acc, fade)
-        p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     # Not earlier: CTAs of the merge would crowd the first multiprocessors that this kernel leaves.
     allow_dependents()
     return last_values(acc, p, v_smem, v_full, tiles, STAGES), top, total
@@ -121,7 +115,6 @@ def decode_small(
 
     Programs: parts of the tiles of a head, heads, rows of the call.
     """
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     if Q_SINK:
         count_smem = counting(BN)
@@ -163,7 +156,7 @@ def decode_small(
         _copy(k_desc, at, i, tiles, k_full, k_smem, BN, D, STAGES)
         _copy(v_desc, at, i, tiles, v_full, v_smem, BN, D, STAGES)
     mbarrier.wait(q_full, 0)
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
     unit_rows = unit.to(gl.int64) * 64
     if tiles == 0:
         allow_dependents()
@@ -175,9 +168,9 @@ def decode_small(
             queries, k_desc, v_desc, at, tiles, behind, k_smem, v_smem, k_full, v_full, count_smem, scale2,
             BN, D, STAGES, Q_SINK,
         )  # fmt: skip
-        total = row_total(total, top)
+        top, total = row_state(top, total, gl.SliceLayout(1, ACC))
         lse = top + gl.log2(total)
-        acc = acc * (1.0 / gl.convert_layout(total, gl.SliceLayout(1, ACC), assert_trivial=True))[:, None]
+        acc = acc * (1.0 / total)[:, None]
         if splits == 1:
             p_row = p_lse + (i_b * heads + i_h).to(gl.int64) * n + i_n
             gl.store(p_row + rows, lse * 0.6931471805599453, mask=rows + i_n < n)
@@ -187,6 +180,5 @@ def decode_small(
             tma.store_wait(0)
         else:
             gl.store(p_part_lse + unit_rows + rows, lse)
-            part_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
             columns = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
-            gl.store(p_part + unit_rows * D + (part_rows[:, None] * D + columns[None, :]), acc)
+            gl.store(p_part + unit_rows * D + (rows[:, None] * D + columns[None, :]), acc)

@@ -19,8 +19,9 @@ from .forward_plan import walk_of
 from .forward_shared import keys_of_tile, told_item
 from .notes import told
 from .pipeline import next_stage
-from .softmax import finish_before, first_weights, next_weights, rescale, row_total
+from .softmax import first_weights, next_weights, rescale, row_state
 from .starts import await_start, close_starts, open_starts, pass_start
+from .weights import as_operand, weigh_values
 
 # What of a tile's scores a consumer hides: nothing, the first columns, or what not all of its rows see, but for sinks.
 NOTHING = gl.constexpr(0)
@@ -111,7 +112,10 @@ def _first_tile(
     s = _hide_first(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
     if HIDE >= UNSEEN:
         s = _hide_unseen(s, *unseen, HIDE)
-    return first_weights(s, scale2)
+    p, top, total = first_weights(s, scale2, q.dtype)
+    if buffers.k.shape[2] == 128:
+        p = as_operand(p, q.dtype, buffers.k.shape[2])
+    return p, top, total
 
 
 @gluon.jit
@@ -120,6 +124,7 @@ def _next_tile(
     HIDE: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Issue the scores of one more tile, then the matmul of the tile before it (in `stage`), whose weights are p."""
+    OVERLAP: gl.constexpr = buffers.k.shape[2] == 128
     last = stage
     last_phase = phase
     stage, phase = next_stage(stage, phase, buffers.k.shape[0])
@@ -127,21 +132,24 @@ def _next_tile(
     await_start(TURNS, GROUP)
     s = _issue_scores(q, buffers.k.index(stage))
     mbarrier.wait(bars.v_full.index(last), last_phase)
-    acc = warpgroup_mma(p, buffers.v.index(last), acc, is_async=True)
+    acc = weigh_values(p, buffers.v.index(last), acc)
     pass_start(buffers.out.shape[0], TURNS, GROUP)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    if OVERLAP:
+        s = warpgroup_mma_wait(1, deps=(s,))
+    else:
+        s, acc = warpgroup_mma_wait(0, deps=(s, acc))
+        mbarrier.arrive(bars.v_empty.index(last), count=1)
     mbarrier.arrive(bars.k_empty.index(stage), count=1)
     if HIDE == FIRST:
         s = _hide_first(s, length, buffers.v.index(stage), bars.v_full.index(stage), phase)
     elif HIDE >= UNSEEN:
         s = _hide_unseen(s, *unseen, HIDE)
-    weights, top, total, fade = next_weights(s, top, total, scale2)
-    if buffers.k.shape[2] == 128:  # at 64 it costs 8%
-        finish_before(total)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(bars.v_empty.index(last), count=1)
+    p, top, total, fade = next_weights(s, top, total, scale2, q.dtype)
+    if OVERLAP:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(bars.v_empty.index(last), count=1)
+        p = as_operand(p, q.dtype, buffers.k.shape[2])
     acc = rescale(acc, fade)
-    p = gl.convert_layout(weights.to(p.dtype), p.type.layout, assert_trivial=True)
     return acc, p, top, total, stage, phase
 
 
@@ -187,8 +195,7 @@ def _attend(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     own = item.own
     acc = gl.zeros([64, D], gl.float32, ACC)
-    weights, top, total = _first_tile(q, own, None, scale2, buffers, bars, stage, phase, FIRST, TURNS, GROUP)
-    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+    p, top, total = _first_tile(q, own, None, scale2, buffers, bars, stage, phase, FIRST, TURNS, GROUP)
     for _ in range((own - 1) // COLUMNS):
         acc, p, top, total, stage, phase = _next_tile(
             q, own, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
@@ -215,7 +222,7 @@ def _attend(
 def _last_values(acc, p, buffers, bars, stage, phase):
     """Add the values of the last tile."""
     mbarrier.wait(bars.v_full.index(stage), phase)
-    acc = warpgroup_mma(p, buffers.v.index(stage), acc, is_async=True)
+    acc = weigh_values(p, buffers.v.index(stage), acc)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(bars.v_empty.index(stage), count=1)
     stage, phase = next_stage(stage, phase, buffers.k.shape[0])
@@ -248,10 +255,9 @@ def _attend_straddling(
     key = end - COLUMNS if skipped == 0 else start
     acc = gl.zeros([64, D], gl.float32, ACC)
     length = item.own if skipped == 0 else COLUMNS
-    weights, top, total = _first_tile(
+    p, top, total = _first_tile(
         q, length, (key, row, limits, call.sink), scale2, buffers, bars, stage, phase, HIDE, TURNS, GROUP
     )
-    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
     for _ in range(met - 1):
         start -= COLUMNS
         acc, p, top, total, stage, phase = _next_tile(
@@ -313,12 +319,11 @@ def _sit_out(
 def _write(acc, top, total, i_b, i_h, row, end, smem, outputs, call):
     """Store 64 rows of out and lse from `row` on, those before `end`: by TMA unless that would touch the next block."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    total = row_total(total, top)
+    top, total = row_state(top, total, ROWS)
     lse = (top + gl.log2(total)) * 0.6931471805599453
-    lse_rows = row + gl.arange(0, 64, layout=top.type.layout)
+    lse_rows = row + gl.arange(0, 64, layout=ROWS)
     gl.store(outputs.p_lse + (i_b * call.heads + i_h).to(gl.int64) * call.n + lse_rows, lse, mask=lse_rows < end)
-    share = gl.convert_layout(1.0 / total, ROWS, assert_trivial=True)
-    out = (acc * share[:, None]).to(smem.dtype)
+    out = (acc * (1.0 / total)[:, None]).to(smem.dtype)
     if (row + 64 <= end) | (end == call.n):
         tma.store_wait(0)
         smem.store(out)

@@ -28,7 +28,8 @@ from .forward_consumer import clear_rows
 from .forward_plan import block_end
 from .pipeline import counting
 from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
-from .softmax import first_weights, next_weights, rescale, row_total
+from .softmax import first_weights, next_weights, rescale, row_state
+from .weights import weigh_values
 
 KEYS = 128  # of a tile; blocks, or else the whole sequence, have to be smaller
 
@@ -81,7 +82,6 @@ def _loop(
     """Run over the key tiles, whose first STAGES copies are under way; return accumulator, softmax top and total."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     _, _, first, end = at
     zero = gl.zeros([64, BN], gl.float32, SCORES)
@@ -90,11 +90,10 @@ def _loop(
     _copy(k_desc, at, STAGES, tiles, k_full, k_smem, BN, D, STAGES)
     key = end - BN + count_smem.load(COLUMNS)[None, :]
     s = gl.where((key >= lows[:, None]) & (key < ends[:, None]), s, float("-inf"))
-    weights, top, total = first_weights(s, scale2)
+    p, top, total = first_weights(s, scale2, q.dtype)
     if unseen_of(first, end, BN) > 0:  # 0 * NaN would be NaN
         mbarrier.wait(v_full.index(0), 0)
         clear_rows(v_smem.index(0), unseen_of(first, end, BN))
-    p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     acc = gl.zeros([64, D], gl.float32, ACC)
     for j in range(1, tiles):
         stage = j % STAGES
@@ -102,20 +101,18 @@ def _loop(
         mbarrier.wait(k_full.index(stage), j // STAGES & 1)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
-        acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        if is_low_edge(j, tiles):
-            key = start_of(j, tiles, first, end, BN) + count_smem.load(COLUMNS)[None, :]
-            s = gl.where((key >= lows[:, None]) & (key < stop_of(j, end, BN)), s, float("-inf"))
-        weights, top, total, fade = next_weights(s, top, total, scale2)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = weigh_values(p, v_smem.index(last), acc)
+        s, acc = warpgroup_mma_wait(0, deps=(s, acc))
         cta_barrier()
         expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
         expect_tile(j + STAGES, tiles, k_full, BN, D, STAGES)
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
+        if is_low_edge(j, tiles):
+            key = start_of(j, tiles, first, end, BN) + count_smem.load(COLUMNS)[None, :]
+            s = gl.where((key >= lows[:, None]) & (key < stop_of(j, end, BN)), s, float("-inf"))
+        p, top, total, fade = next_weights(s, top, total, scale2, q.dtype)
         acc = rescale(acc, fade)
-        p = gl.convert_layout(weights.to(q.dtype), WEIGHTS, assert_trivial=True)
     return last_values(acc, p, v_smem, v_full, tiles, STAGES), top, total
 
 
@@ -153,7 +150,7 @@ def forward_small(
         q, gl.maximum(ends - window, 0), ends, count_smem, k_desc, v_desc, at, tiles, k_smem, v_smem, k_full, v_full,
         scale2, BN, D, STAGES,
     )  # fmt: skip
-    total = row_total(total, top)
+    top, total = row_state(top, total, gl.SliceLayout(1, SCORES))
     lse = (top + gl.log2(total)) * 0.6931471805599453
     gl.store(p_lse + i_bh.to(gl.int64) * n + rows, lse, mask=rows < n)
     share = gl.convert_layout(1.0 / total, gl.SliceLayout(1, ACC), assert_trivial=True)

@@ -1,7 +1,7 @@
 """Online softmax over key tiles: its running maximum and sum, and the rare rescaling of what was summed before.
 
-`top` [64] is in units of log2. `total` [64, 4] keeps apart what each of the four threads that share a row has summed:
-they meet once, in `row_total`, not at every tile.
+`top` and `total` [64, 4] belong to a thread and a row: `total` is what each of the four threads that share a row has
+summed (they meet once, in `row_state`, not at every tile), `top` in units of log2 the same in all four.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# A row keeps its old maximum until a score beats it by this much (base 2). Weights then reach at most 2^SLACK, not
-# 1, which costs float32 sums nothing, and nearly no tile needs the accumulator rescaled.
-SLACK = gl.constexpr(8.0)
-LOWEST = gl.constexpr(-3.0e38)  # the maximum of a row that has seen no key yet: -inf less -inf would be NaN
+from .weights import LOWEST, weigh
 
 
 @gluon.jit
@@ -23,49 +20,44 @@ def hide_first(s, behind):
 
 
 @gluon.jit
-def _sums_of_threads(p):
-    """Sum what each thread holds of a row of p [64, N], an accumulator of wgmma: [64, 4]."""
-    return gl.sum(gl.sum(gl.reshape(p, (p.shape[0], p.shape[1] // 8, 4, 2)), 3), 1)
+def _by_thread(x):
+    """View an accumulator of wgmma [64, N] as [64, N / 8, 4, 2]: the third dimension runs over the threads of a row."""
+    return gl.reshape(x, (64, x.shape[1] // 8, 4, 2))
 
 
 @gluon.jit
-def row_total(total, top):
-    """Return the sums of rows, in the layout of `top`."""
-    return gl.convert_layout(gl.sum(total, 1), top.type.layout, assert_trivial=True)
+def _spread(state, x):
+    """Return a state [64, 4] as [64, 1, 4, 1], to go with x of `_by_thread`."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))
+    return gl.expand_dims(gl.expand_dims(gl.convert_layout(state, LAYOUT, assert_trivial=True), 1), 3)
 
 
 @gluon.jit
-def first_weights(s, scale2):
-    """Return (weights, top, total) of the first tile of raw scores s; those of a row that sees none are zero."""
+def row_state(top, total, LAYOUT: gl.constexpr):
+    """Return (maxima, sums) of rows [64] in a layout of rows of an accumulator."""
+    top = gl.convert_layout(gl.max(top, 1), LAYOUT, assert_trivial=True)
+    return top, gl.convert_layout(gl.sum(total, 1), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def first_weights(s, scale2, dtype: gl.constexpr):
+    """Return (words of weights, top, total) of the first tile of raw scores s; a row that sees none has zeros."""
+    x = _by_thread(s)
     top = gl.maximum(gl.max(s, 1) * scale2, LOWEST)
-    p = gl.exp2(s * scale2 - top[:, None])
-    return p, top, _sums_of_threads(p)
+    top = gl.convert_layout(top, gl.SliceLayout(1, gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))), assert_trivial=True)
+    p, total, top, _ = weigh(x, gl.expand_dims(gl.expand_dims(gl.expand_dims(top, 1), 1), 3), scale2, dtype)
+    return p, top, total
 
 
 @gluon.jit
-def next_weights(s, top, total, scale2):
-    """Return (weights, top, total, fade) after one more tile; what was summed before has to be multiplied by `fade`."""
-    peak = gl.max(s, 1) * scale2
-    new_top = gl.where(peak > top + SLACK, peak, top)
-    fade = gl.exp2(top - new_top)
-    p = gl.exp2(s * scale2 - new_top[:, None])
-    fades = gl.convert_layout(fade, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[:, None]
-    return p, new_top, total * fades + _sums_of_threads(p), fade
+def next_weights(s, top, total, scale2, dtype: gl.constexpr):
+    """Return (words of weights, top, total, fade) after one more tile.
 
-
-@gluon.jit
-def finish_before(total):
-    """Keep the exponentials, whose sums `total` are, ahead of the wait that follows: for a matmul that runs beside.
-
-    ptxas moves such a wait up in front of them, which leaves this warpgroup's queue at the tensor cores empty all
-    through the softmax. A sum is never negative, so nobody sleeps; but the question has to be answered first. (A trap
-    in its place makes ptxas serialise the matmuls of the decode.)
+    What was summed before has to be multiplied by `fade`.
     """
-    ASM: gl.constexpr = (
-        "{ .reg .pred q; setp.lt.f32 q, $2, 0f00000000; setp.lt.or.f32 q, $3, 0f00000000, q; "
-        "@q nanosleep.u32 0; mov.u32 $0, 0; mov.u32 $1, 0; }"
-    )
-    gl.inline_asm_elementwise(ASM, "=r,=r,f,f", [total], dtype=gl.int32, is_pure=False, pack=2)
+    x = _by_thread(s)
+    p, sums, top, fade = weigh(x, _spread(top, x), scale2, dtype)
+    return p, top, total * fade + sums, fade
 
 
 @gluon.constexpr_function
@@ -91,12 +83,13 @@ def _rescale_constraints(n):
 
 @gluon.jit
 def rescale(acc, fade):
-    """Return acc * fade[:, None]; a warp whose fades are all one skips the multiplications.
+    """Return acc multiplied by the fades of its rows; a warp whose fades are all one skips the multiplications.
 
     acc is a wgmma accumulator [64, D] of one warpgroup: a thread holds D / 2 numbers of two rows.
     """
     HELD: gl.constexpr = acc.shape[1] // 2
     ASM: gl.constexpr = _rescale_asm(HELD)
     CONSTRAINTS: gl.constexpr = _rescale_constraints(HELD)
-    fade = gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
-    return gl.inline_asm_elementwise(ASM, CONSTRAINTS, [fade[:, None], acc], dtype=gl.float32, is_pure=True, pack=HELD)
+    x = _by_thread(acc)
+    x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [_spread(fade, x), x], dtype=gl.float32, is_pure=True, pack=HELD)
+    return gl.convert_layout(gl.reshape(x, acc.shape), acc.type.layout, assert_trivial=True)
