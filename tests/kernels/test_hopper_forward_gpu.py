@@ -168,6 +168,8 @@ def test_adversarial_scores(pattern, head_dim, dtype) -> None:
     check(q, dominant, v, pattern, configs=configs)
     rising = k + torch.arange(2048, device="cuda", dtype=dtype)[:, None] / 100
     check(q.abs(), rising, v, pattern, configs=configs)
+    some = torch.linspace(0, 1, 2048, device="cuda", dtype=dtype)[:, None]  # rows of one warp pass the limit apart
+    check(q.abs() * some, rising, v, pattern, configs=configs)
     check(q.abs(), rising.flip(2), v, pattern, configs=configs)
 
 

@@ -148,7 +148,7 @@ def _next_tile(
     v_full, v_empty = v_bars
     BN: gl.constexpr = k_smem.shape[1]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    OVERLAP: gl.constexpr = k_smem.shape[2] == 128
+    OVERLAP: gl.constexpr = W == 2
     v_stage = stage
     v_phase = phase
     stage, phase = next_stage(stage, phase, k_smem.shape[0])
@@ -213,7 +213,7 @@ def _attend(
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
     p, top, total = first_weights(hide_first(s, run[2]), scale2, q.dtype)
-    if k_smem.shape[2] == 128:
+    if W == 2:
         p = as_operand(p, q.dtype, k_smem.shape[2])
     acc = gl.zeros([64, D], gl.float32, ACC)
     for _ in range(1, run[0]):

@@ -78,13 +78,13 @@ class Config(NamedTuple):
 # Cycles of the persistent configurations were measured on an H200; those of the small ones are fitted to whole calls.
 CONFIGS = {
     64: (
-        Config(4, 64, 3, turns=True, registers=112, cycles=1880),
-        Config(3, 128, 3, turns=True, registers=160, cycles=2664),
-        Config(2, 128, 3, cycles=2040),
+        Config(4, 64, 3, turns=True, registers=112, cycles=1540),
+        Config(3, 128, 3, turns=True, registers=160, cycles=2400),
+        Config(2, 128, 3, cycles=2160),
         Config(1, 128, 2, resident=3, cycles=950),
     ),
     128: (
-        Config(2, 128, 2, cycles=2160),
+        Config(2, 128, 2, cycles=1940),
         Config(1, 64, 2, resident=2, cycles=780),
     ),
 }

@@ -113,7 +113,7 @@ def _first_tile(
     if HIDE >= UNSEEN:
         s = _hide_unseen(s, *unseen, HIDE)
     p, top, total = first_weights(s, scale2, q.dtype)
-    if buffers.k.shape[2] == 128:
+    if buffers.out.shape[0] == 2:
         p = as_operand(p, q.dtype, buffers.k.shape[2])
     return p, top, total
 
@@ -124,7 +124,7 @@ def _next_tile(
     HIDE: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Issue the scores of one more tile, then the matmul of the tile before it (in `stage`), whose weights are p."""
-    OVERLAP: gl.constexpr = buffers.k.shape[2] == 128
+    OVERLAP: gl.constexpr = buffers.out.shape[0] == 2
     last = stage
     last_phase = phase
     stage, phase = next_stage(stage, phase, buffers.k.shape[0])

@@ -17,11 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 # What a thread's weights of a row may add up to in one tile. So a weight fits into float16, and sums in float32 have
 # room for any number of them; no precision is lost, since all these types are as precise for large numbers.
 LIMIT = gl.constexpr(4096.0)
-LOWEST = gl.constexpr(-3.0e38)  # the maximum of a row that has seen no key yet: -inf less -inf would be NaN
 
 
 @gluon.constexpr_function
-def _weigh_asm(n, dtype, limit, lowest):
+def _weigh_asm(n, dtype, limit):
     """PTX for the n scores of a thread: 0 and 1, 4 and 5, ... belong to one row, 2 and 3, 6 and 7, ... to another.
 
     Operands: n results, n scores, n old maxima, n times the scale. The first n / 2 results are the words of weights;
@@ -48,7 +47,7 @@ def _weigh_asm(n, dtype, limit, lowest):
         for lane in (1, 2):  # four threads share a row: if one of them is over the limit, all are
             yield f"shfl.sync.bfly.b32 y, top, {lane}, 31, 0xffffffff; max.f32 top, top, y;"
             yield f"shfl.sync.bfly.b32 y, x, {lane}, 31, 0xffffffff; max.f32 x, x, y;"
-        yield f"mul.f32 top, top, {scale[0]}; max.f32 top, top, {lowest};"
+        yield f"mul.f32 top, top, {scale[0]};"
         yield f"setp.gt.f32 any, x, 0.0; selp.f32 top, top, {old[2 * r]}, any;"
         yield f"sub.f32 x, {old[2 * r]}, top; ex2.approx.ftz.f32 x, x;"
         yield f"mov.b32 {state[1 + 2 * r]}, top; mov.b32 {state[4 + 2 * r]}, x; neg.f32 less{r}, top;"
@@ -59,7 +58,7 @@ def _weigh_asm(n, dtype, limit, lowest):
         *weigh(),
         f"mov.b32 {state[1]}, {old[0]}; mov.b32 {state[3]}, {old[2]};",
         f"mov.b32 {state[4]}, 0f3F800000; mov.b32 {state[6]}, 0f3F800000;",
-        f"setp.gtu.f32 over0, sum0, {limit}; setp.gtu.f32 over1, sum1, {limit}; or.pred any, over0, over1;",  # NaN: over
+        f"setp.gt.f32 over0, sum0, {limit}; setp.gt.f32 over1, sum1, {limit}; or.pred any, over0, over1;",
         "vote.sync.any.pred any, any, 0xffffffff; @!any bra.uni KEPT;",
         *raise_maximum(0), *raise_maximum(1), *weigh(),
         "KEPT: }",
@@ -80,16 +79,8 @@ def _halves(x):
 
 
 @gluon.jit
-def weigh(s, top, scale2, dtype: gl.constexpr):
-    """Return (words of weights of `dtype`, their sums, maxima, fades) of raw scores s [64, N / 8, 4, 2].
-
-    s is an accumulator of one warpgroup: a thread holds its pairs of two rows. `top`, sums, maxima and fades belong to
-    a thread and a row: [64, 4]. What was summed before has to be multiplied by the fade, which mostly is one.
-    """
-    HELD: gl.constexpr = s.shape[1] * 4
-    ASM: gl.constexpr = _weigh_asm(HELD, dtype, LIMIT, LOWEST)
-    CONSTRAINTS: gl.constexpr = _weigh_constraints(HELD)
-    result = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [s, top, scale2], dtype=gl.int32, is_pure=True, pack=HELD)
+def _taken_apart(result):
+    """Return (words, sums, maxima, fades) of what the block of PTX returned [64, N / 8, 4, 2]."""
     words, state = _halves(result)
     for _ in gl.static_range(4):
         if state.shape[1] > 2:
@@ -98,6 +89,40 @@ def weigh(s, top, scale2, dtype: gl.constexpr):
     sums, top = gl.split(gl.reshape(first, (64, 4, 2)))
     fade, _ = gl.split(gl.reshape(second, (64, 4, 2)))
     return words, sums, top, fade
+
+
+@gluon.jit
+def weigh(s, top, scale2, dtype: gl.constexpr):
+    """Return (words of weights of `dtype`, their sums, maxima, fades) of raw scores s [64, N / 8, 4, 2].
+
+    s is an accumulator of one warpgroup: a thread holds its pairs of two rows. `top`, sums, maxima and fades belong to
+    a thread and a row: [64, 4]. What was summed before has to be multiplied by the fade, which mostly is one.
+    """
+    HELD: gl.constexpr = s.shape[1] * 4
+    ASM: gl.constexpr = _weigh_asm(HELD, dtype, LIMIT)
+    CONSTRAINTS: gl.constexpr = _weigh_constraints(HELD)
+    result = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [s, top, scale2], dtype=gl.int32, is_pure=True, pack=HELD)
+    return _taken_apart(result)
+
+
+@gluon.jit
+def pack(p, dtype: gl.constexpr):
+    """Return (words of weights of `dtype`, their sums) of float32 weights p [64, N / 8, 4, 2], as `weigh` does."""
+    words_like, sums_like, _, _ = _taken_apart(p.to(gl.int32, bitcast=True))
+    low, high = gl.split(p)
+    ASM: gl.constexpr = _pack_asm(dtype)
+    words = gl.inline_asm_elementwise(ASM, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+    words = gl.permute(gl.reshape(words, (64, p.shape[1] // 2, 2, 4)), (0, 1, 3, 2))
+    sums = gl.sum(gl.sum(p, 3), 1)
+    return (
+        gl.convert_layout(words, words_like.type.layout, assert_trivial=True),
+        gl.convert_layout(sums, sums_like.type.layout, assert_trivial=True),
+    )
+
+
+@gluon.constexpr_function
+def _pack_asm(dtype):
+    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
 
 
 @gluon.jit
