@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from aot import SHARED_LIMIT, Report, assembler_warnings, compile_launches
+from aot import SHARED_LIMIT, Report, assembler_warnings, compile_launches, instructions
 from hopper_launches import prefill, rows, straddle, stream, train
 
 from swba_infer.bench.shapes import SETS, Shape
@@ -146,3 +146,23 @@ def test_prefill_kernels(head_dim: int, block_size: int, sink: int, lanes: bool)
     if sink:
         launches = compile_launches(lambda: prefill(head_dim, block_size, sink, rows(2) if lanes else None, True))
         check(launches, " q_sink")
+
+
+@pytest.mark.parametrize("name", ["train-b1-h12-d128-bs1560-ws6-n32760", "decode-b1-h12-d128-bs1560-ws21"])
+def test_a_tiles_second_matmul_runs_beside_its_exponentials(name: str) -> None:
+    """Between the waits for the two matmuls of a consumer's loop there are the exponentials of its 128 keys."""
+    shape = next(x for x in SETS["training"] + SETS["decode"] if x.name == name)
+    launches = compile_launches(lambda: train(shape) if shape.kind == "training" else stream(shape))
+    report = next(report for kernel, report in launches if kernel in ("_forward", "decode_persistent"))
+    beside, counts = None, []
+    for instruction in instructions(report.cubin):
+        if "WARPGROUP.DEPBAR" in instruction:
+            if instruction.endswith("0x1"):
+                beside = 0
+            elif beside is not None:
+                counts.append(beside)
+                beside = None
+        elif beside is not None and "MUFU.EX2" in instruction:
+            beside += 1
+    assert len(counts) >= 2
+    assert min(counts) >= 64

@@ -35,12 +35,13 @@ class Case(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the compiler made: registers per thread, spilled bytes per thread, shared bytes, and the PTX."""
+    """What the compiler made: registers per thread, spilled bytes per thread, shared bytes, PTX and machine code."""
 
     registers: int
     spills: int
     shared: int
     ptx: str
+    cubin: bytes
 
 
 def compile_case(case: Case, arch: int) -> Report:
@@ -66,7 +67,7 @@ def compile_case(case: Case, arch: int) -> Report:
 
 def _report(compiled: Any) -> Report:
     registers, spills = resources(compiled.asm["cubin"])
-    return Report(registers, spills, compiled.metadata.shared, compiled.asm["ptx"])
+    return Report(registers, spills, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["cubin"])
 
 
 class _NoGpu:
@@ -131,17 +132,25 @@ def assembler_warnings(ptx: str) -> list[str]:
     return [line for line in lines if re.search(r"\bC7\d\d\d\b", line)]
 
 
-@cache
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Return (registers, stack bytes) per thread of the only kernel in a cubin."""
+def _ask(tool: str, option: str, cubin: bytes) -> str:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def instructions(cubin: bytes) -> list[str]:
+    """Return the machine code of a cubin, an instruction each, in the order of addresses."""
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", _ask("nvdisasm", "-c", cubin), re.MULTILINE)
+
+
+@cache
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Return (registers, stack bytes) per thread of the only kernel in a cubin."""
+    text = _ask("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     return int(found[1]), int(found[2])

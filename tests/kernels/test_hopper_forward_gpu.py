@@ -168,8 +168,14 @@ def test_adversarial_scores(pattern, head_dim, dtype) -> None:
     check(q, dominant, v, pattern, configs=configs)
     rising = k + torch.arange(2048, device="cuda", dtype=dtype)[:, None] / 100
     check(q.abs(), rising, v, pattern, configs=configs)
-    some = torch.linspace(0, 1, 2048, device="cuda", dtype=dtype)[:, None]  # rows of one warp pass the limit apart
-    check(q.abs() * some, rising, v, pattern, configs=configs)
+    position = torch.arange(2048, device="cuda")[:, None]
+    check(q.abs() * (position % 3 == 0), rising.flip(2), v, pattern, configs=configs)  # not all rows of a warp rise
+    # The first tile of most rows is 12 powers of two below what a thread's other tiles add up to: just not raised.
+    later = torch.where(position % 256 < 128, 4.5 * head_dim**-0.5, 0.0).to(dtype).expand_as(k).contiguous()
+    check(torch.ones_like(q), later, v, pattern, configs=configs)
+    louder = k.clone()  # sinks, which come last
+    louder[:, :, :40] *= 20
+    check(q, louder, v, pattern, configs=configs)
     check(q.abs(), rising.flip(2), v, pattern, configs=configs)
 
 
@@ -299,7 +305,8 @@ def test_prefill_on_rings_at_every_stage(sink, spare, head_dim, dtype) -> None:
     rings = ring_of(pattern, stages, 2, head_dim, dtype, spare)
     lanes = torch.tensor([3, 9, 0, 7, 1, 8, 4, 2, 6, 5], device="cuda")
     position = torch.tensor(stages, device="cuda")[lanes]
-    for n in (40, 150, 400, 700):
+    louder = torch.stack([rings[0] * 20, rings[1]])  # what comes after a call's own keys raises the maximum
+    for n, rings in ((40, rings), (150, rings), (150, louder), (400, rings), (400, louder), (700, rings)):  # noqa: B020
         q, k, v = qkv(Case(pattern, n, 4, 2, head_dim, batch=len(stages)), dtype, "cuda")
         out, lse = call(q, k, v, pattern, ring=Ring(*rings, position, lanes))
         args = (pattern, *rings, position)

@@ -17,7 +17,7 @@ pytest.importorskip("triton.experimental.gluon")
 from triton.experimental.gluon import language as gl
 
 from swba_kernels.hopper.softmax import LOWEST
-from swba_kernels.hopper.weights import LIMIT, _weigh_asm
+from swba_kernels.hopper.weights import LIMIT, _weigh_asm, _weigh_constraints
 
 LANES = np.arange(32)
 DTYPES = {gl.bfloat16: torch.bfloat16, gl.float16: torch.float16}
@@ -69,8 +69,8 @@ def run(asm: str, operands: list[np.ndarray]) -> list[np.ndarray]:
         if not step or step.startswith(".reg") or skip:
             continue
         name, *rest = re.split(r",?\s+", step)
-        if name == "vote.sync.any.pred":
-            values[rest[0]] = np.full(32, value(rest[1]).any())
+        if name.startswith("vote.sync"):
+            values[rest[0]] = np.full(32, getattr(value(rest[1]), name.split(".")[2])())
         elif name == "@!any":
             assert rest == ["bra.uni", "KEPT"]
             skip = not values["any"][0]
@@ -82,16 +82,15 @@ def run(asm: str, operands: list[np.ndarray]) -> list[np.ndarray]:
     return [values[f"${i}"] for i in range(len(operands))]
 
 
-def rows_of(i: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+def place_of(i: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (row, column) of score i of each thread: those of an accumulator of wgmma in a warp."""
-    assert 0 <= i < n
     return LANES // 4 + 8 * (i // 2 % 2), i // 4 * 8 + LANES % 4 * 2 + i % 2
 
 
 def weigh(scores: np.ndarray, old: np.ndarray, scale: float, dtype: gl.dtype) -> tuple[np.ndarray, ...]:
     """Return (weights [16, N], their sums, maxima and fades [16, 4]) of scores [16, N] and old maxima [16]."""
     n = scores.shape[1] // 2
-    places = [rows_of(i, n) for i in range(n)]
+    places = [place_of(i) for i in range(n)]
     nothing = np.full(32, np.nan, np.float32)
     operands = [nothing] * n + [scores[p] for p in places] + [old[p[0]] for p in places]
     results = run(_weigh_asm(n, dtype, LIMIT.value), [*operands, *[np.full(32, np.float32(scale))] * n])
@@ -183,10 +182,20 @@ def test_one_key_anywhere_raises_its_row_for_all_its_threads(row: int) -> None:
 def test_a_score_that_is_no_number_spoils_its_row_alone() -> None:
     scores = np.zeros((16, 64), np.float32)
     scores[3, 9] = np.nan
+    scores[3, 8] = 1000.0  # which would raise the row
+    scores[12, 40] = np.inf
     weights, sums, tops, fades = weigh(scores, np.zeros(16, np.float32), 1.0, gl.float16)
     assert np.isnan(weights[3, 9])
     assert np.isnan(sums[3]).any()
-    others = np.delete(np.arange(16), 3)
+    assert np.isnan(weights[12, 40])
+    others = np.delete(np.arange(16), [3, 12])
     assert (weights[others] == 1).all()
     assert (tops[others] == 0).all()
     assert (fades[others] == 1).all()
+
+
+@pytest.mark.parametrize("n", [32, 64])
+def test_results_have_registers_of_their_own(n: int) -> None:
+    """Some are written before the last input is read."""
+    constraints = _weigh_constraints(n).split(",")
+    assert constraints == ["=&r"] * n + ["f"] * 3 * n

@@ -28,10 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .assembler import own_assembler
 from .compat import allow_dependents, await_prerequisites, box, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
-from .pipeline import next_stage
+from .pipeline import next_stage, overlaps
 from .softmax import first_weights, hide_first, next_weights, rescale, row_state
 from .starts import await_start, close_starts, open_starts, pass_start
-from .weights import as_operand, weigh_values
+from .weights import add_values, as_operand
 
 # Of an item in the table: row, head, first query, low and high end of its part of the keys, unit, items of this CTA.
 FIELDS = gl.constexpr(8)
@@ -141,14 +141,15 @@ def _next_tile(
 ):  # fmt: skip
     """Fold in one more tile, which may begin a run.
 
-    The matmul O += P V of the tile before it (in `stage`) is issued behind its scores and runs beside their softmax.
+    The matmul O += P V of the tile before it (in `stage`) is issued behind its scores. It runs beside their softmax if
+    it `overlaps`.
     """
     k_smem, v_smem, k_bars, v_bars = keys
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     BN: gl.constexpr = k_smem.shape[1]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    OVERLAP: gl.constexpr = W == 2
+    OVERLAP: gl.constexpr = overlaps(W)
     v_stage = stage
     v_phase = phase
     stage, phase = next_stage(stage, phase, k_smem.shape[0])
@@ -156,7 +157,7 @@ def _next_tile(
     await_start(TURNS, ME)
     s = _scores(q, k_smem.index(stage), SCORES, BN)
     mbarrier.wait(v_full.index(v_stage), v_phase)
-    acc = weigh_values(p, v_smem.index(v_stage), acc)
+    acc = add_values(p, v_smem.index(v_stage), acc)
     pass_start(W, TURNS, ME)
     if OVERLAP:
         s = warpgroup_mma_wait(1, deps=(s,))
@@ -213,7 +214,7 @@ def _attend(
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
     p, top, total = first_weights(hide_first(s, run[2]), scale2, q.dtype)
-    if W == 2:
+    if overlaps(W):
         p = as_operand(p, q.dtype, k_smem.shape[2])
     acc = gl.zeros([64, D], gl.float32, ACC)
     for _ in range(1, run[0]):
@@ -235,7 +236,7 @@ def _attend(
             mbarrier.arrive(q_empty.index(q_stage), count=1)
             q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
     mbarrier.wait(v_full.index(stage), phase)
-    acc = weigh_values(p, v_smem.index(stage), acc)
+    acc = add_values(p, v_smem.index(stage), acc)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(stage), count=1)
     stage, phase = next_stage(stage, phase, STAGES)

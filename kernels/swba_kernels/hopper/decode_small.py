@@ -8,8 +8,6 @@ decode_persistent.py, back from the end of the filled slots; where sinks are rea
 CTA that meets both kinds of tiles replaces its queries in between.
 """
 
-# ruff: noqa: SIM102 (constants have an `if` of their own)
-
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -28,7 +26,7 @@ from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import counting
 from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
 from .softmax import first_weights, hide_first, next_weights, rescale, row_state
-from .weights import weigh_values
+from .weights import add_values
 
 
 @gluon.jit
@@ -55,7 +53,8 @@ def _loop(
 ):  # fmt: skip
     """Run over the key tiles, whose first STAGES copies are under way; return accumulator, softmax top and total.
 
-    The matmul O += P V of a tile is issued behind the scores of the next one and runs while their softmax is computed.
+    The matmul O += P V of a tile is issued behind the scores of the next one, and both end before their softmax begins:
+    other CTAs fill that wait, and the copies into what was read start earlier.
     `behind` says how far the first tile, and the first one after the sinks, lie behind the lowest slot that counts.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -78,7 +77,7 @@ def _loop(
             mbarrier.wait(q_full, 1, pred=j == sinks)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
-        acc = weigh_values(p, v_smem.index(last), acc)
+        acc = add_values(p, v_smem.index(last), acc)
         s, acc = warpgroup_mma_wait(0, deps=(s, acc))
         cta_barrier()
         expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
@@ -87,7 +86,6 @@ def _loop(
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         if Q_SINK:
             _replace_queries(queries, (j + 1 == sinks) & (sinks < tiles))
-        if Q_SINK:
             if j == sinks:
                 counts = count_smem.load(gl.SliceLayout(0, SCORES)) + behind[1] >= 0
                 s = gl.where(counts[None, :], s, float("-inf"))

@@ -115,7 +115,7 @@ class Config(NamedTuple):
     registers: int
     turns: bool
     rate: float = 1.0
-    straddling: float = 0.9
+    straddling_rate: float = 0.9
 
 
 # The fastest of five to eight each on an H200 (triton 3.6.0): blocks of 128 to 4680 tokens.
@@ -123,8 +123,8 @@ CONFIGS = {
     128: (Config(2, 128, 2, 2, 240, False),),
     64: (
         Config(3, 128, 2, 2, 160, True, rate=564.0),
-        Config(4, 64, 3, 2, 112, True, rate=550.0, straddling=0.86),
-        Config(2, 128, 3, 2, 240, True, rate=489.0, straddling=0.93),
+        Config(4, 64, 3, 2, 112, True, rate=550.0, straddling_rate=0.86),
+        Config(2, 128, 3, 2, 240, True, rate=489.0, straddling_rate=0.93),
     ),
 }
 _PARTIAL = 0.8  # time of a tile in which a consumer is idle, whichever part of it is; of a full tile's
@@ -142,7 +142,7 @@ def choose_config(head_dim: int, block_size: int, window: int, ring: bool, strad
         config, straddling = choice
         rows = config.groups * 64
         if straddling:  # such a tile meets the keys of all its rows: on average so many more than one row sees
-            return block_size / (config.rate * config.straddling) * (1 + (rows - gcd(block_size, rows)) / window)
+            return block_size / (config.rate * config.straddling_rate) * (1 + (rows - gcd(block_size, rows)) / window)
         full, rest = divmod(block_size, rows)
         return (full + (1.0 if rest > rows - 64 else _PARTIAL if rest else 0.0)) * rows / config.rate
 

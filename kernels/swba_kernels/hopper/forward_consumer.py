@@ -18,10 +18,10 @@ from .compat import box, cta_barrier, tma_store
 from .forward_plan import walk_of
 from .forward_shared import keys_of_tile, told_item
 from .notes import told
-from .pipeline import next_stage
+from .pipeline import next_stage, overlaps
 from .softmax import first_weights, next_weights, rescale, row_state
 from .starts import await_start, close_starts, open_starts, pass_start
-from .weights import as_operand, weigh_values
+from .weights import add_values, as_operand
 
 # What of a tile's scores a consumer hides: nothing, the first columns, or what not all of its rows see, but for sinks.
 NOTHING = gl.constexpr(0)
@@ -113,7 +113,7 @@ def _first_tile(
     if HIDE >= UNSEEN:
         s = _hide_unseen(s, *unseen, HIDE)
     p, top, total = first_weights(s, scale2, q.dtype)
-    if buffers.out.shape[0] == 2:
+    if overlaps(buffers.out.shape[0]):
         p = as_operand(p, q.dtype, buffers.k.shape[2])
     return p, top, total
 
@@ -123,8 +123,11 @@ def _next_tile(
     q, length, unseen, scale2, acc, p, top, total, buffers, bars, stage, phase,
     HIDE: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Issue the scores of one more tile, then the matmul of the tile before it (in `stage`), whose weights are p."""
-    OVERLAP: gl.constexpr = buffers.out.shape[0] == 2
+    """Issue the scores of one more tile, then the matmul of the tile before it (in `stage`), whose weights are p.
+
+    That one runs beside the softmax of the new scores if it `overlaps`.
+    """
+    OVERLAP: gl.constexpr = overlaps(buffers.out.shape[0])
     last = stage
     last_phase = phase
     stage, phase = next_stage(stage, phase, buffers.k.shape[0])
@@ -132,7 +135,7 @@ def _next_tile(
     await_start(TURNS, GROUP)
     s = _issue_scores(q, buffers.k.index(stage))
     mbarrier.wait(bars.v_full.index(last), last_phase)
-    acc = weigh_values(p, buffers.v.index(last), acc)
+    acc = add_values(p, buffers.v.index(last), acc)
     pass_start(buffers.out.shape[0], TURNS, GROUP)
     if OVERLAP:
         s = warpgroup_mma_wait(1, deps=(s,))
@@ -222,7 +225,7 @@ def _attend(
 def _last_values(acc, p, buffers, bars, stage, phase):
     """Add the values of the last tile."""
     mbarrier.wait(bars.v_full.index(stage), phase)
-    acc = weigh_values(p, buffers.v.index(stage), acc)
+    acc = add_values(p, buffers.v.index(stage), acc)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(bars.v_empty.index(stage), count=1)
     stage, phase = next_stage(stage, phase, buffers.k.shape[0])

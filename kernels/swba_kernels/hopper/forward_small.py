@@ -29,7 +29,7 @@ from .forward_plan import block_end
 from .pipeline import counting
 from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
 from .softmax import first_weights, next_weights, rescale, row_state
-from .weights import weigh_values
+from .weights import add_values
 
 KEYS = 128  # of a tile; blocks, or else the whole sequence, have to be smaller
 
@@ -101,7 +101,7 @@ def _loop(
         mbarrier.wait(k_full.index(stage), j // STAGES & 1)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
-        acc = weigh_values(p, v_smem.index(last), acc)
+        acc = add_values(p, v_smem.index(last), acc)
         s, acc = warpgroup_mma_wait(0, deps=(s, acc))
         cta_barrier()
         expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)

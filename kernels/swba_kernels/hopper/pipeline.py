@@ -16,6 +16,15 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
     return stage, phase
 
 
+@gluon.constexpr_function
+def overlaps(consumers):
+    """Tell whether O += P V of a tile runs beside the next one's softmax.
+
+    With more than two consumers there are too few registers for it, and the others keep the tensor cores busy.
+    """
+    return consumers == 2
+
+
 @gluon.jit
 def counting(ROWS: gl.constexpr):
     """Return a buffer that holds 0, 1, ... ROWS - 1.

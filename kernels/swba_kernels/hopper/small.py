@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .compat import box, cta_barrier, tma_load
-from .weights import weigh_values
+from .weights import add_values
 
 
 @gluon.jit
@@ -64,5 +64,5 @@ def last_values(acc, p, v_smem, v_full, tiles, STAGES: gl.constexpr):
     """Return the accumulator with the values of the last of `tiles`, whose weights are p."""
     stage = (tiles - 1) % STAGES
     mbarrier.wait(v_full.index(stage), (tiles - 1) // STAGES & 1)
-    acc = weigh_values(p, v_smem.index(stage), acc)
+    acc = add_values(p, v_smem.index(stage), acc)
     return warpgroup_mma_wait(0, deps=(acc,))

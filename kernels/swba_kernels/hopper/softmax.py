@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .weights import pack, weigh
+from .weights import pack_words, weigh
 
 LOWEST = gl.constexpr(-3.0e38)  # the maximum of a row that has seen no key yet: -inf less -inf would be NaN
 
@@ -45,7 +45,7 @@ def row_state(top, total, LAYOUT: gl.constexpr):
 def first_weights(s, scale2, dtype: gl.constexpr):
     """Return (words of weights, top, total) of the first tile of raw scores s; a row that sees none has zeros."""
     top = gl.maximum(gl.max(s, 1) * scale2, LOWEST)
-    p, total = pack(_by_thread(gl.exp2(s * scale2 - top[:, None])), dtype)
+    p, total = pack_words(_by_thread(gl.exp2(s * scale2 - top[:, None])), dtype)
     top = gl.convert_layout(top, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
     top = gl.expand_dims(top, 1) + gl.zeros_like(total)
     return p, top, total

@@ -15,7 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 # What a thread's weights of a row may add up to in one tile. So a weight fits into float16, and sums in float32 have
-# room for any number of them; no precision is lost, since all these types are as precise for large numbers.
+# room for any number of them. All these types are as precise for large numbers as for those below one; but a weight of
+# one, which the true maximum gives, is exact.
 LIMIT = gl.constexpr(4096.0)
 
 
@@ -31,7 +32,7 @@ def _weigh_asm(n, dtype, limit):
     state = result[n // 2 :]
     pair = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
 
-    def weigh():
+    def weights():
         for i in range(n // 2):
             r = i % 2
             for x, j in (("x", 2 * i), ("y", 2 * i + 1)):
@@ -55,12 +56,12 @@ def _weigh_asm(n, dtype, limit):
     return "\n".join([
         "{ .reg .pred any, over<2>; .reg .f32 x, y, top, less<2>, sum<2>;",
         f"neg.f32 less0, {old[0]}; neg.f32 less1, {old[2]};",
-        *weigh(),
+        *weights(),
         f"mov.b32 {state[1]}, {old[0]}; mov.b32 {state[3]}, {old[2]};",
         f"mov.b32 {state[4]}, 0f3F800000; mov.b32 {state[6]}, 0f3F800000;",
         f"setp.gt.f32 over0, sum0, {limit}; setp.gt.f32 over1, sum1, {limit}; or.pred any, over0, over1;",
         "vote.sync.any.pred any, any, 0xffffffff; @!any bra.uni KEPT;",
-        *raise_maximum(0), *raise_maximum(1), *weigh(),
+        *raise_maximum(0), *raise_maximum(1), *weights(),
         "KEPT: }",
     ])  # fmt: skip
 
@@ -82,7 +83,7 @@ def _halves(x):
 def _taken_apart(result):
     """Return (words, sums, maxima, fades) of what the block of PTX returned [64, N / 8, 4, 2]."""
     words, state = _halves(result)
-    for _ in gl.static_range(4):
+    for _ in gl.static_range(4):  # down to the first eight numbers of a thread, those that are written
         if state.shape[1] > 2:
             state, _ = _halves(state)
     first, second = _halves(state.to(gl.float32, bitcast=True))
@@ -105,10 +106,15 @@ def weigh(s, top, scale2, dtype: gl.constexpr):
     return _taken_apart(result)
 
 
+@gluon.constexpr_function
+def _pack_asm(dtype):
+    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+
+
 @gluon.jit
-def pack(p, dtype: gl.constexpr):
+def pack_words(p, dtype: gl.constexpr):
     """Return (words of weights of `dtype`, their sums) of float32 weights p [64, N / 8, 4, 2], as `weigh` does."""
-    words_like, sums_like, _, _ = _taken_apart(p.to(gl.int32, bitcast=True))
+    words_like, sums_like, _, _ = _taken_apart(p.to(gl.int32, bitcast=True))  # for their layouts
     low, high = gl.split(p)
     ASM: gl.constexpr = _pack_asm(dtype)
     words = gl.inline_asm_elementwise(ASM, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
@@ -118,11 +124,6 @@ def pack(p, dtype: gl.constexpr):
         gl.convert_layout(words, words_like.type.layout, assert_trivial=True),
         gl.convert_layout(sums, sums_like.type.layout, assert_trivial=True),
     )
-
-
-@gluon.constexpr_function
-def _pack_asm(dtype):
-    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
 
 
 @gluon.jit
@@ -138,7 +139,7 @@ def as_operand(words, dtype: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def weigh_values(p, v, acc):
+def add_values(p, v, acc):
     """Start acc += P V for the values v [N, D] of a tile, whose weights are p: words, or what `as_operand` returned."""
     if p.dtype == gl.int32:
         p = as_operand(p, v.dtype, v.shape[1])
