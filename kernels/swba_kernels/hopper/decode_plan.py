@@ -90,7 +90,7 @@ CONFIGS = {
     ),
 }
 
-# Cycles, fitted to whole calls on an H200. Of a launch until its first matmul: persistent kernel, small one, by head dim.
+# Cycles, fitted to whole calls on an H200: of a launch until its first matmul (persistent or not, head dim), and so on.
 _START = {True: {64: 5000.0, 128: 5000.0}, False: {64: 500.0, 128: 2500.0}}
 _PART = {True: 3500.0, False: 2000.0}  # of a part besides its key tiles: queries, first scores, last matmul, result
 _MERGE = 5000.0  # of the merge's launch and its first loads
