@@ -20,19 +20,16 @@ import sys
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from types import CodeType, GeneratorType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from gluon_values import Access, Array, Barrier, Cell, Tile, Violation, hidden, same, tile
 
 import swba_kernels
 
 FOLDER = Path(swba_kernels.__file__).parent / "hopper"
 Steps = Generator[Any, None, Any]  # yields None, or a function that tells whether the task may go on
 ENDED = object()
-
-
-class Violation(AssertionError):
-    """The protocol is broken."""
 
 
 class _CallsAreSteps(ast.NodeTransformer):
@@ -62,66 +59,6 @@ def compile_module(name: str, *changes: tuple[str, str]) -> CodeType:
             node.decorator_list = []
             node.body = [_CallsAreSteps().visit(statement) for statement in node.body]
     return compile(ast.fix_missing_locations(tree), str(path), "exec")  # annotations are not evaluated, as in this file
-
-
-def same(x: Any, *_: Any, **__: Any) -> Any:
-    return x
-
-
-class Array(np.ndarray):
-    """Integers as a kernel computes with them: one alone is an array, too, and none changes in place."""
-
-    to, type = same, SimpleNamespace(layout=None)
-    __iadd__, __isub__ = np.ndarray.__add__, np.ndarray.__sub__
-
-    def __new__(cls, x: Any) -> Array:
-        return np.asarray(x).view(cls)
-
-    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Array:
-        return array.view(Array)
-
-
-class Tile(frozenset[Any]):
-    """A tile of numbers, of which only is known what they were made of."""
-
-    type = SimpleNamespace(layout=None)
-    __getitem__ = to = reshape = permute = content = same
-    __add__ = __sub__ = __mul__ = lambda self, other: Tile(self | other) if isinstance(other, Tile) else self
-
-
-def hidden(visible: np.ndarray) -> Tile:
-    """Return what is known of a tile in which only some numbers are `visible`."""
-    return Tile() if visible.all() else Tile({np.asarray(visible, bool).tobytes()})
-
-
-class Barrier:
-    """An mbarrier. A phase ends when `count` arrivals and all expected bytes have come."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.missing, self.bytes, self.ended = count, count, 0, 0
-        self.arrived, self.released = {}, {}  # clocks
-
-    def settle(self, arrivals: int, size: int) -> None:
-        self.missing -= arrivals
-        self.bytes += size
-        if self.bytes < 0:
-            raise Violation("a barrier got more bytes than expected")
-        if self.missing == self.bytes == 0:
-            self.ended, self.missing, self.released, self.arrived = self.ended + 1, self.count, self.arrived, {}
-
-
-class Access:
-    """One use of a cell. It ends at `time` by the clock of `who`; without a time it may still go on."""
-
-    def __init__(self, line: str, who: Any, time: int | None, fenced: bool) -> None:
-        self.line, self.who, self.time, self.fenced = line, who, time, fenced
-
-
-class Cell:
-    """64 x 64 numbers in memory, or fewer, or a barrier."""
-
-    def __init__(self, content: Any) -> None:
-        self.content, self.writer, self.readers = content, None, []
 
 
 class View:
@@ -194,27 +131,30 @@ class Machine:
 
     `modules` are the kernel's, from `compile_module`. With `in_turn`, programs must add to a tile of sums one after the
     other, and the first one write it. Afterwards `memory` holds a cell for each tile that was stored or added to, by
-    (name of the tensor, *coordinates), and in it what came there, in order.
+    (name of the tensor, *coordinates), and in it what came there, in order; `stored` what was stored without a copy, as
+    (addresses, what). `names` are those that the kernel sees.
     """
 
     def __init__(self, modules: Iterable[CodeType], seed: int, in_turn: bool) -> None:
         self.random, self.in_turn = random.Random(seed), in_turn
-        self.tasks, self.memory, self.word_clocks, self.named = [], {}, {}, {}
+        self.tasks, self.memory, self.word_clocks, self.named, self.stored = [], {}, {}, {}, []
         ignored = ("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "SliceLayout")
         ignored += ("SwizzledSharedLayout", "MBarrierLayout", "static_assert", "barrier", "int32", "int64", "float32")
+        ignored += ("uint32", "uint64")
         gl = SimpleNamespace(
             **dict.fromkeys(ignored, lambda *_, **__: None), constexpr=same, constexpr_function=same, exp2=same,
-            where=lambda c, a, b: a + hidden(c) if isinstance(a, Tile) else Array(np.where(c, a, b)),
+            where=lambda c, a, b: tile(a + hidden(c), a.shape) if isinstance(a, Tile) else Array(np.where(c, a, b)),
             arange=lambda start, stop, layout: Array(np.arange(start, stop)), sum=lambda x, _: Array(x.sum()),
-            full_like=lambda x, _: Array(x * 0), zeros=lambda *_: Tile(), convert_layout=same, static_range=range,
+            full_like=lambda x, _: Array(x * 0), zeros=lambda shape, *_: tile((), shape), convert_layout=same,
+            static_range=range, load=lambda pointer: Array(self.words[int(pointer)]), store=self.store, log2=np.log2,
             minimum=np.minimum, maximum=np.maximum, shared_memory_descriptor=View, num_warps=lambda: self.now.warps,
             program_id=lambda _: Array(self.now.program), num_programs=lambda _: self.programs,
             atomic_add=self.atomic_add, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
             inline_asm_elementwise=self.assembly, init=self.init, wait=self.wait, arrive=self.arrive,
-            expect=lambda barrier, size: self.arrive(barrier, 1, size), async_load=self.copy_in,
+            expect=lambda x, size, pred=True: self.arrive(x, 1, size) if pred else None, async_load=self.copy_in,
             async_store=self.copy_out, store_wait=lambda newer: self.await_stage(self.now.copies, newer, 1),
         )  # fmt: skip
-        self.names = {"step": step, "fence_async_shared": self.fence}
+        self.names = {"step": step, "fence_async_shared": self.fence, "NamedTuple": NamedTuple, "Any": Any}
         self.names |= dict.fromkeys(("gl", "gluon", "mbarrier", "tma"), gl)
         self.names |= {"warpgroup_mma": self.matmul, "warpgroup_mma_wait": self.await_matmuls}
         for module in modules:
@@ -297,16 +237,25 @@ class Machine:
         self.now.release(barrier.content().arrived)
         barrier.content().settle(count, size)
 
-    def wait(self, view: View, parity: Any) -> Steps:
-        """Wait for the next phase of a barrier; the first is 0, or by its parity -1, which ended before all others."""
+    def wait(self, view: View, parity: Any, pred: Any = True) -> Steps:
+        """Wait for the next phase of a barrier, or by its parity for the last one once more.
+
+        The first phase is 0, or by its parity -1, which ended before all others.
+        """
+        if not pred:
+            return
         barrier, me = view.content(), self.now
-        phase = me.phases.setdefault(barrier, -int(parity))
-        me.phases[barrier] += 1
+        phase = me.phases.get(barrier, -int(parity))
+        phase -= int(phase % 2 != parity)
+        me.phases[barrier] = phase + 1
         yield from self.until(lambda: barrier.ended % 2 != parity)
         if barrier.ended != phase + 1:
             raise Violation(f"{self.line()}: takes phase {barrier.ended - 1} of a barrier for phase {phase}")
         me.acquire(barrier.released)
         me.clock[barrier] = barrier.ended
+
+    def store(self, pointers: np.ndarray, x: Any, mask: Any = True) -> None:
+        self.stored.append((pointers[np.broadcast_to(mask, pointers.shape)], x))
 
     def atomic_add(self, pointer: int, x: int) -> Array:
         self.words[pointer] += x
@@ -353,7 +302,8 @@ class Machine:
         def multiply() -> Steps:
             yield
             pair = (a.content(), b.content())
-            operation.result = Tile(acc | {(len(acc), pair)}) if use_acc else Tile({pair})  # a sum numbers its terms
+            terms = acc | {(len(acc), pair)} if use_acc else {pair}  # a sum numbers its terms
+            operation.result = tile(terms, acc.shape)
             operation.stage = 1
 
         self.start(multiply())

@@ -15,7 +15,8 @@ from types import CodeType, SimpleNamespace
 
 import numpy as np
 import pytest
-from gluon_emulator import Machine, compile_module, hidden
+from gluon_emulator import Machine, compile_module
+from gluon_values import hidden
 
 from swba_kernels import BlockWindow
 
