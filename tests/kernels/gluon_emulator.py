@@ -33,6 +33,10 @@ ENDED = object()
 
 
 class _CallsAreSteps(ast.NodeTransformer):
+    """Outside of comprehensions, which only host code has."""
+
+    visit_ListComp = visit_GeneratorExp = visit_SetComp = visit_DictComp = lambda self, node: node
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         call = ast.Call(ast.Name("step", ast.Load()), [node.func, *node.args], node.keywords)
@@ -147,6 +151,7 @@ class Machine:
             arange=lambda start, stop, layout: Array(np.arange(start, stop)), sum=lambda x, _: Array(x.sum()),
             full_like=lambda x, _: Array(x * 0), zeros=lambda shape, *_: tile((), shape), convert_layout=same,
             static_range=range, load=lambda pointer: Array(self.words[int(pointer)]), store=self.store, log2=np.log2,
+            full=lambda shape, x, *_: Array(np.full(shape, x)),
             minimum=np.minimum, maximum=np.maximum, shared_memory_descriptor=View, num_warps=lambda: self.now.warps,
             program_id=lambda _: Array(self.now.program), num_programs=lambda _: self.programs,
             atomic_add=self.atomic_add, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
@@ -283,7 +288,7 @@ class Machine:
         elif "red.release.gpu.global.max" in text:
             self.words[pointer] = max(self.words[pointer], tile)
             me.release(self.word_clocks.setdefault(pointer, {}))
-        else:
+        elif not text.startswith("griddepcontrol"):
             raise NotImplementedError(text)
 
     def await_stage(self, operations: list[Operation], newer: int, stage: int) -> Steps:
