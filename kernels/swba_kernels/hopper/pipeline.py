@@ -20,7 +20,7 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 def overlaps(consumers):
     """Tell whether O += P V of a tile runs beside the next one's softmax.
 
-    With more than two consumers there are too few registers for it, and the others keep the tensor cores busy.
+    With three consumers there are too few registers, with four it gains little: others keep the tensor cores busy.
     """
     return consumers == 2
 
