@@ -65,6 +65,12 @@ def compile_module(name: str, *changes: tuple[str, str]) -> CodeType:
     return compile(ast.fix_missing_locations(tree), str(path), "exec")  # annotations are not evaluated, as in this file
 
 
+def swapped(first: str, second: str, indent: int = 8) -> tuple[str, str]:
+    """Return the change of a kernel's text that swaps two statements."""
+    between = "\n" + " " * indent
+    return first + between + second, second + between + first
+
+
 class View:
     """A buffer in shared memory or a part of it."""
 

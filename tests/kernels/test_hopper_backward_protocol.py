@@ -15,7 +15,7 @@ from types import CodeType, SimpleNamespace
 
 import numpy as np
 import pytest
-from gluon_emulator import Machine, compile_module
+from gluon_emulator import Machine, compile_module, swapped
 from gluon_values import hidden
 
 from swba_kernels import BlockWindow
@@ -141,11 +141,6 @@ def check(head_dim: int, in_turn: bool, modules: list[CodeType], calls: int) -> 
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_under_any_schedule_every_tile_is_made_of_the_right_ones(head_dim, in_turn) -> None:
     check(head_dim, in_turn, modules_of(head_dim, {}), 60)
-
-
-def swapped(first: str, second: str) -> tuple[str, str]:
-    """Return the change that swaps two statements of a loop."""
-    return f"{first}\n        {second}", f"{second}\n        {first}"
 
 
 FUSED, NARROW = KERNELS[128], KERNELS[64]

@@ -16,7 +16,7 @@ from types import CodeType, SimpleNamespace
 import numpy as np
 import pytest
 from gluon_attention import keys_of, stand_ins
-from gluon_emulator import Machine, compile_module
+from gluon_emulator import Machine, compile_module, swapped
 from gluon_values import Array, Tile
 
 pytest.importorskip("triton.experimental.gluon")
@@ -139,12 +139,6 @@ def check(kind: str, modules: list[CodeType], calls: int = 40) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_any_schedule_every_row_is_made_of_what_is_filled(kind) -> None:
     check(kind, modules_of(KINDS[kind][0], {}))
-
-
-def swapped(first: str, second: str, indent: int = 8) -> tuple[str, str]:
-    """Return the change that swaps two statements."""
-    between = "\n" + " " * indent
-    return first + between + second, second + between + first
 
 
 PERSISTENT, SMALL, PLAN = "decode_persistent", "decode_small", "decode_plan"

@@ -17,7 +17,7 @@ from types import CodeType, SimpleNamespace
 
 import pytest
 from gluon_attention import keys_of, stand_ins
-from gluon_emulator import Machine, compile_module
+from gluon_emulator import Machine, compile_module, swapped
 from gluon_values import Array, Tile
 
 from swba_kernels import BlockWindow
@@ -158,12 +158,6 @@ def check(kind: str, modules: list[CodeType], calls: int = 25) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_any_schedule_every_row_is_made_of_the_keys_that_it_sees(kind) -> None:
     check(kind, modules_of(kind, {}))
-
-
-def swapped(first: str, second: str, indent: int = 8) -> tuple[str, str]:
-    """Return the change that swaps two statements."""
-    between = "\n" + " " * indent
-    return first + between + second, second + between + first
 
 
 CONSUMER, PRODUCER, KERNEL, PLAN = "forward_consumer", "forward_producer", "forward", "forward_plan"
