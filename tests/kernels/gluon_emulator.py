@@ -17,7 +17,8 @@ import ast
 import random
 import re
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import CodeType, GeneratorType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -49,11 +50,13 @@ def step(function: Callable[..., Any], *args: Any, **named: Any) -> Steps:
     return (yield from result) if isinstance(result, GeneratorType) else result
 
 
-def compile_module(name: str, *changes: tuple[str, str]) -> CodeType:
-    """Compile a module of the Hopper kernels without imports and decorators, with (old, new) pieces of text changed."""
+@cache
+def compile_module(name: str, change: tuple[str, str] | None = None) -> CodeType:
+    """Compile a module of the Hopper kernels without imports and decorators, one (old, new) piece of text changed."""
     path = FOLDER / f"{name}.py"
     text = path.read_text()
-    for old, new in changes:
+    if change:
+        old, new = change
         assert text.count(old) == 1, f"{name}.py holds this {text.count(old)} times, not once: {old}"
         text = text.replace(old, new)
     tree = ast.parse(text)
@@ -63,6 +66,12 @@ def compile_module(name: str, *changes: tuple[str, str]) -> CodeType:
             node.decorator_list = []
             node.body = [_CallsAreSteps().visit(statement) for statement in node.body]
     return compile(ast.fix_missing_locations(tree), str(path), "exec")  # annotations are not evaluated, as in this file
+
+
+def compile_modules(names: Sequence[str], changes: Mapping[str, tuple[str, str]]) -> list[CodeType]:
+    """Compile what a kernel needs, with one (old, new) piece of text changed in some modules."""
+    assert changes.keys() <= set(names)
+    return [compile_module(name, changes.get(name)) for name in names]
 
 
 def swapped(first: str, second: str, indent: int = 8) -> tuple[str, str]:
@@ -139,10 +148,10 @@ class Task:
 class Machine:
     """A GPU that runs one launch of a kernel.
 
-    `modules` are the kernel's, from `compile_module`. With `in_turn`, programs must add to a tile of sums one after the
-    other, and the first one write it. Afterwards `memory` holds a cell for each tile that was stored or added to, by
-    (name of the tensor, *coordinates), and in it what came there, in order; `stored` what was stored without a copy, as
-    (addresses, what). `names` are those that the kernel sees.
+    `modules` are the kernel's, from `compile_modules`. With `in_turn`, programs must add to a tile of sums one after
+    the other, and the first one write it. Afterwards `memory` holds a cell for each tile that was stored or added to,
+    by (name of the tensor, *coordinates), and in it what came there, in order; `stored` what was stored without a copy,
+    as (addresses, what). `names` are those that the kernel sees.
     """
 
     def __init__(self, modules: Iterable[CodeType], seed: int, in_turn: bool) -> None:

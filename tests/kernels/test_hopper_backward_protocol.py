@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from functools import cache
 from itertools import product
 from types import CodeType, SimpleNamespace
 
 import numpy as np
 import pytest
-from gluon_emulator import Machine, compile_module, swapped
+from gluon_emulator import Machine, compile_modules, swapped
 from gluon_values import hidden
 
 from swba_kernels import BlockWindow
@@ -26,14 +25,10 @@ SHARED = (
 )  # fmt: skip
 KERNELS = {128: "backward_fused", 64: "backward_fused_narrow"}
 Facts = frozenset
-compile_once = cache(compile_module)
 
 
 def modules_of(head_dim: int, changes: dict[str, tuple[str, str]]) -> list[CodeType]:
-    """Compile what a kernel needs, with one (old, new) piece of text changed in some modules."""
-    names = (*SHARED, KERNELS[head_dim])
-    assert changes.keys() <= set(names)
-    return [compile_once(name, *([changes[name]] if name in changes else [])) for name in names]
+    return compile_modules((*SHARED, KERNELS[head_dim]), changes)
 
 
 class Call:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from functools import cache
 from types import CodeType, SimpleNamespace
 
 import numpy as np
 import pytest
 from gluon_attention import keys_of, stand_ins
-from gluon_emulator import Machine, compile_module, swapped
+from gluon_emulator import Machine, compile_modules, swapped
 from gluon_values import Array, Tile
 
 pytest.importorskip("triton.experimental.gluon")
@@ -26,14 +25,10 @@ from swba_kernels.hopper.decode_plan import CONFIGS, lane_plans, table_of
 MODULES = ("compat", "pipeline", "starts", "softmax", "decode_plan")
 KERNELS = {False: ("decode_persistent",), True: ("small", "decode_small")}
 PART, LSE, PART_LSE = 10**6, 10**9, 2 * 10**9  # addresses
-compile_once = cache(compile_module)
 
 
 def modules_of(small: bool, changes: dict[str, tuple[str, str]]) -> list[CodeType]:
-    """Compile what a kernel needs, with one (old, new) piece of text changed in some modules."""
-    names = (*MODULES, *KERNELS[small])
-    assert changes.keys() <= set(names)
-    return [compile_once(name, *([changes[name]] if name in changes else [])) for name in names]
+    return compile_modules((*MODULES, *KERNELS[small]), changes)
 
 
 class Call:

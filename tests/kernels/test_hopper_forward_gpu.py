@@ -306,12 +306,12 @@ def test_prefill_on_rings_at_every_stage(sink, spare, head_dim, dtype) -> None:
     lanes = torch.tensor([3, 9, 0, 7, 1, 8, 4, 2, 6, 5], device="cuda")
     position = torch.tensor(stages, device="cuda")[lanes]
     louder = torch.stack([rings[0] * 20, rings[1]])  # what comes after a call's own keys raises the maximum
-    for n, rings in ((40, rings), (150, rings), (150, louder), (400, rings), (400, louder), (700, rings)):  # noqa: B020
+    for n, history in ((40, rings), (150, rings), (150, louder), (400, rings), (400, louder), (700, rings)):
         q, k, v = qkv(Case(pattern, n, 4, 2, head_dim, batch=len(stages)), dtype, "cuda")
-        out, lse = call(q, k, v, pattern, ring=Ring(*rings, position, lanes))
-        args = (pattern, *rings, position)
+        out, lse = call(q, k, v, pattern, ring=Ring(*history, position, lanes))
+        args = (pattern, *history, position)
         oracle, oracle_lse = reference.prefill_reference(
-            q.double(), k.double(), v.double(), pattern, *rings.double(), position, lanes=lanes, return_lse=True
+            q.double(), k.double(), v.double(), pattern, *history.double(), position, lanes=lanes, return_lse=True
         )
         assert_close(out, oracle, reference.prefill_reference(q, k, v, *args, lanes=lanes))
         assert_lse_close(lse, oracle_lse)

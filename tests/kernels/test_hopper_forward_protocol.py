@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import cache
 from types import CodeType, SimpleNamespace
 
 import pytest
 from gluon_attention import keys_of, stand_ins
-from gluon_emulator import Machine, compile_module, swapped
+from gluon_emulator import Machine, compile_modules, swapped
 from gluon_values import Array, Tile
 
 from swba_kernels import BlockWindow
@@ -30,14 +29,10 @@ MODULES = ("compat", "pipeline", "notes", "starts", "forward_plan")
 PERSISTENT = (*MODULES, "forward_shared", "forward_producer", "forward_consumer", "forward")
 SMALL = (*MODULES, "small", "forward_small")
 OUT, LSE = 10**6, 10**9  # addresses
-compile_once = cache(compile_module)
 
 
 def modules_of(kind: str, changes: dict[str, tuple[str, str]]) -> list[CodeType]:
-    """Compile what the kernel for a kind of call needs, with one (old, new) piece of text changed in some modules."""
-    names = SMALL if kind == "small blocks" else PERSISTENT
-    assert changes.keys() <= set(names)
-    return [compile_once(name, *([changes[name]] if name in changes else [])) for name in names]
+    return compile_modules(SMALL if kind == "small blocks" else PERSISTENT, changes)
 
 
 class Call:
@@ -71,9 +66,11 @@ class Call:
         names = ("q", "q_sink", "k", "v", "out", "ring_k", "ring_v")
         tensors = {f"{name}_desc": SimpleNamespace(name=name, dtype=None, bytes=2) for name in names}
         start = self.pattern.grid_start
+        sizes = {
+            "p_lse": LSE, "heads": self.heads, "group": self.group, "n": self.n, "window": self.window,
+            "block_size": self.pattern.block_size, "grid_start": start,
+        }  # fmt: skip
         if self.small:
-            sizes = {"heads": self.heads, "group": self.group, "n": self.n, "window": self.window}
-            sizes |= {"block_size": self.pattern.block_size, "grid_start": start, "p_lse": LSE}
             of_small = {name: tensors[name] for name in ("q_desc", "k_desc", "v_desc", "out_desc")}
             programs = -(-self.n // 64) * self.batch * self.heads
             machine.run(
@@ -85,17 +82,15 @@ class Call:
         plan = plan_forward(self.n, self.pattern.block_size, *weighed, start, self.groups * 64, self.straddle)
         items = self.batch * self.heads * plan.tiles
         of_batch = self.batch * self.heads
-        numbers = {
-            "p_out": OUT, "p_lse": LSE, "p_position": 1, "p_lanes": 1 + self.batch,
+        sizes |= {
+            "p_out": OUT, "p_position": 1, "p_lanes": 1 + self.batch,
             "s_ob": self.heads * self.n * self.head_dim, "s_oh": self.n * self.head_dim, "s_on": self.head_dim,
-            "heads": self.heads, "group": self.group,
-            "n": self.n, "block_size": self.pattern.block_size, "window": self.window, "sink": self.sink,
-            "grid_start": start, "ring_window": self.slots - self.sink, "heavy_items": of_batch * plan.heavy,
+            "sink": self.sink, "ring_window": self.slots - self.sink, "heavy_items": of_batch * plan.heavy,
             "group_items": of_batch * plan.per_block, **plan._asdict(), "items": items,
         }  # fmt: skip
         machine.run(
             "_forward", min(self.resident, items), self.resident, [0, *self.positions, *(self.lanes or [])],
-            **tensors, **{name: Array(x) for name, x in numbers.items()}, scale2=1.0, p_ticket=0,
+            **tensors, **{name: Array(x) for name, x in sizes.items()}, scale2=1.0, p_ticket=0,
             GROUPS=self.groups, COLUMNS=self.columns, D=self.head_dim, STAGES=self.stages, Q_STAGES=2, REGISTERS=0,
             TURNS=self.turns, SINKS=self.sink > 0, RING=self.ring, LANES=self.lanes is not None, Q_SINK=self.apart,
             STRADDLE=self.straddle,

@@ -17,13 +17,13 @@ pytest.importorskip("triton.experimental.gluon")
 from triton.experimental.gluon import language as gl
 
 from swba_kernels.hopper.softmax import LOWEST
-from swba_kernels.hopper.weights import LIMIT, _weigh_asm, _weigh_constraints
+from swba_kernels.hopper.weights import LIMIT, _pair, _weigh_asm, _weigh_constraints
 
 LANES = np.arange(32)
 DTYPES = {gl.bfloat16: torch.bfloat16, gl.float16: torch.float16}
 
 
-def _pair(high: np.ndarray, low: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+def _packed(high: np.ndarray, low: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     halves = torch.from_numpy(np.stack([low, high], 1)).to(dtype).view(torch.int16).numpy()
     return np.ascontiguousarray(halves).view(np.int32)[:, 0]
 
@@ -46,8 +46,8 @@ OPERATIONS: dict[str, Callable] = {
     "max.f32": _max,
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "ex2.approx.ftz.f32": lambda a: np.exp2(a),
-    "cvt.rn.bf16x2.f32": lambda a, b: _pair(a, b, torch.bfloat16),
-    "cvt.rn.f16x2.f32": lambda a, b: _pair(a, b, torch.float16),
+    "cvt.rn.bf16x2.f32": lambda a, b: _packed(a, b, torch.bfloat16),
+    "cvt.rn.f16x2.f32": lambda a, b: _packed(a, b, torch.float16),
     "setp.gt.f32": lambda a, b: a > b,
     "or.pred": lambda a, b: a | b,
     "selp.f32": lambda a, b, p: np.where(p, a, b),
@@ -93,7 +93,7 @@ def weigh(scores: np.ndarray, old: np.ndarray, scale: float, dtype: gl.dtype) ->
     places = [place_of(i) for i in range(n)]
     nothing = np.full(32, np.nan, np.float32)
     operands = [nothing] * n + [scores[p] for p in places] + [old[p[0]] for p in places]
-    results = run(_weigh_asm(n, dtype, LIMIT.value), [*operands, *[np.full(32, np.float32(scale))] * n])
+    results = run(_weigh_asm(n, _pair(dtype), LIMIT.value), [*operands, *[np.full(32, np.float32(scale))] * n])
     weights = np.full(scores.shape, np.nan, np.float32)
     for j in range(n // 2):  # the words are laid out [N / 16, row, 2]: as _taken_apart and as_operand take them
         c, r = j // 4 * 2 + j % 2, j // 2 % 2

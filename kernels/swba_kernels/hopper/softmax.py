@@ -22,14 +22,14 @@ def hide_first(s, behind):
 
 
 @gluon.jit
-def _by_thread(x):
-    """View an accumulator of wgmma [64, N] as [64, N / 8, 4, 2]: the third dimension runs over the threads of a row."""
+def _pairs(x):
+    """View an accumulator of wgmma [64, N] as [64, N / 8, 4, 2], the pairs of each of the four threads of a row."""
     return gl.reshape(x, (64, x.shape[1] // 8, 4, 2))
 
 
 @gluon.jit
 def _spread(state, x):
-    """Return a state [64, 4] as [64, 1, 4, 1], to go with x of `_by_thread`."""
+    """Return a state [64, 4] as [64, 1, 4, 1], to go with x of `_pairs`."""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))
     return gl.expand_dims(gl.expand_dims(gl.convert_layout(state, LAYOUT, assert_trivial=True), 1), 3)
 
@@ -45,7 +45,7 @@ def row_state(top, total, LAYOUT: gl.constexpr):
 def first_weights(s, scale2, dtype: gl.constexpr):
     """Return (words of weights, top, total) of the first tile of raw scores s; a row that sees none has zeros."""
     top = gl.maximum(gl.max(s, 1) * scale2, LOWEST)
-    p, total = pack_words(_by_thread(gl.exp2(s * scale2 - top[:, None])), dtype)
+    p, total = pack_words(_pairs(gl.exp2(s * scale2 - top[:, None])), dtype)
     top = gl.convert_layout(top, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
     top = gl.expand_dims(top, 1) + gl.zeros_like(total)
     return p, top, total
@@ -57,7 +57,7 @@ def next_weights(s, top, total, scale2, dtype: gl.constexpr):
 
     What was summed before has to be multiplied by `fade`.
     """
-    x = _by_thread(s)
+    x = _pairs(s)
     p, sums, top, fade = weigh(x, _spread(top, x), scale2, dtype)
     return p, top, total * fade + sums, fade
 
@@ -92,6 +92,6 @@ def rescale(acc, fade):
     HELD: gl.constexpr = acc.shape[1] // 2
     ASM: gl.constexpr = _rescale_asm(HELD)
     CONSTRAINTS: gl.constexpr = _rescale_constraints(HELD)
-    x = _by_thread(acc)
+    x = _pairs(acc)
     x = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [_spread(fade, x), x], dtype=gl.float32, is_pure=True, pack=HELD)
     return gl.convert_layout(gl.reshape(x, acc.shape), acc.type.layout, assert_trivial=True)

@@ -21,7 +21,13 @@ LIMIT = gl.constexpr(4096.0)
 
 
 @gluon.constexpr_function
-def _weigh_asm(n, dtype, limit):
+def _pair(dtype):
+    """Return the PTX type of two weights in a word."""
+    return "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+
+
+@gluon.constexpr_function
+def _weigh_asm(n, pair, limit):
     """PTX for the n scores of a thread: 0 and 1, 4 and 5, ... belong to one row, 2 and 3, 6 and 7, ... to another.
 
     Operands: n results, n scores, n old maxima, n times the scale. The first n / 2 results are the words of weights;
@@ -30,7 +36,6 @@ def _weigh_asm(n, dtype, limit):
     """
     result, score, old, scale = ([f"${n * kind + i}" for i in range(n)] for kind in range(4))
     state = result[n // 2 :]
-    pair = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
 
     def weights():
         for i in range(n // 2):
@@ -100,15 +105,15 @@ def weigh(s, top, scale2, dtype: gl.constexpr):
     a thread and a row: [64, 4]. What was summed before has to be multiplied by the fade, which mostly is one.
     """
     HELD: gl.constexpr = s.shape[1] * 4
-    ASM: gl.constexpr = _weigh_asm(HELD, dtype, LIMIT)
+    ASM: gl.constexpr = _weigh_asm(HELD, _pair(dtype), LIMIT)
     CONSTRAINTS: gl.constexpr = _weigh_constraints(HELD)
     result = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [s, top, scale2], dtype=gl.int32, is_pure=True, pack=HELD)
     return _taken_apart(result)
 
 
 @gluon.constexpr_function
-def _pack_asm(dtype):
-    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+def _pack_asm(pair):
+    return f"cvt.rn.{pair}.f32 $0, $2, $1;"
 
 
 @gluon.jit
@@ -116,7 +121,7 @@ def pack_words(p, dtype: gl.constexpr):
     """Return (words of weights of `dtype`, their sums) of float32 weights p [64, N / 8, 4, 2], as `weigh` does."""
     words_like, sums_like, _, _ = _taken_apart(p.to(gl.int32, bitcast=True))  # for their layouts
     low, high = gl.split(p)
-    ASM: gl.constexpr = _pack_asm(dtype)
+    ASM: gl.constexpr = _pack_asm(_pair(dtype))
     words = gl.inline_asm_elementwise(ASM, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
     words = gl.permute(gl.reshape(words, (64, p.shape[1] // 2, 2, 4)), (0, 1, 3, 2))
     sums = gl.sum(gl.sum(p, 3), 1)
