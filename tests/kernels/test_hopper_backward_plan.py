@@ -248,4 +248,21 @@ def test_turns_are_for_calls_with_more_programs_than_start_at_once() -> None:
 
 @pytest.mark.parametrize(("heads", "expected"), [(1, 1), (4, 4), (5, 3), (6, 3), (10, 4), (12, 4), (64, 4)])
 def test_heads_run_side_by_side_in_groups_of_nearly_equal_size(heads, expected) -> None:
-    assert backward.FAST[128].side_by_side(heads) == expected
+    assert backward.FAST[128].side_by_side(heads, 1) == expected
+
+
+@pytest.mark.parametrize("config", [*backward.FAST.values(), *backward.IN_TURN.values()])
+def test_as_many_heads_run_side_by_side_as_the_cache_holds(config) -> None:
+    for head_bytes in (1, 1 << 20, 3 << 20, 7 << 20, 20 << 20, 1 << 30):
+        for heads in (1, 2, 3, 7, 12, 32, 64, 1000):
+            together = config.side_by_side(heads, head_bytes)
+            assert 1 <= together <= min(heads, config.most)
+            assert together <= config.fewest or together * head_bytes <= backward.CACHE
+            # One more in every group would be too many, or would not make the groups fewer.
+            more = together + 1
+            assert (
+                more > config.most
+                or more * head_bytes > backward.CACHE
+                or -(-heads // more) == -(-heads // together)
+                or together == heads
+            )

@@ -51,19 +51,25 @@ class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
     Pipeline stages of the queries and of dS on its way to the warpgroups that make dQ of it, registers of a consumer's
-    thread, how many kv heads run side by side at most, and for how many queries a program takes its turn to add (by
-    key, so that the sums have the same bits every time; 0: it adds at once).
+    thread, how many kv heads run side by side at least and at most, and for how many queries a program takes its turn
+    to add (by key, so that the sums have the same bits every time; 0: it adds at once).
     """
 
     stages: int
     slope_stages: int
     registers: int
-    together: int
+    fewest: int
+    most: int
     turn_rows: int = 0
 
-    def side_by_side(self, heads: int) -> int:
-        """Return how many of all `heads` run side by side: groups of equal size, or nearly so."""
-        return triton.cdiv(heads, triton.cdiv(heads, self.together))
+    def side_by_side(self, heads: int, head_bytes: int) -> int:
+        """Return how many of all kv `heads` run side by side: groups of equal size, or nearly so.
+
+        As many as the second-level cache holds, where `head_bytes` is what passes by a tile of keys: queries, dout and
+        float32 sums. The next tiles of the head then find them there.
+        """
+        together = min(max(CACHE // head_bytes, self.fewest), self.most)
+        return triton.cdiv(heads, triton.cdiv(heads, together))
 
 
 # Chosen on an H200 under triton 3.6.0; by head dim.
@@ -72,13 +78,14 @@ SPLIT = {
     128: Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
 }
 FAST = {
-    64: Fused(stages=4, slope_stages=3, registers=208, together=32),
-    128: Fused(stages=2, slope_stages=3, registers=240, together=4),
+    64: Fused(stages=4, slope_stages=3, registers=208, fewest=4, most=12),
+    128: Fused(stages=2, slope_stages=3, registers=240, fewest=2, most=4),
 }
-IN_TURN = {
-    64: FAST[64]._replace(turn_rows=256),
-    128: FAST[128]._replace(turn_rows=64),
+IN_TURN = {  # the more heads, the fewer programs of one head wait for one another
+    64: FAST[64]._replace(fewest=6, most=32, turn_rows=256),
+    128: FAST[128]._replace(fewest=4, turn_rows=64),
 }
+CACHE = 36 << 20  # bytes; of an H200's 50 MiB
 
 
 def choose_config(head_dim: int, deterministic: bool, waves: float) -> Split | Fused:
@@ -305,7 +312,7 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums),
         *grads.key_descriptors(sink, apart), counters[4:], counters,
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
-        config.side_by_side(batch * k.shape[1]),
+        config.side_by_side(batch * k.shape[1], heads // k.shape[1] * pattern[2] * head_dim * 8),
     )  # fmt: skip
     constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "SLOPE_STAGES": config.slope_stages}
     constants |= {"REGISTERS": config.registers, "TURN_ROWS": config.turn_rows, "Q_SINK": apart, "num_warps": 4}

@@ -12,7 +12,6 @@ MAX_FRACTIONS.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -53,6 +52,22 @@ def runs_of_part(low, high, valid, sink, slot_tiles, BN):
     return of_sinks, (window_last - min(first, window_tiles), window_slot, window_slot - sinks)
 
 
+class Costs(NamedTuple):
+    """Cycles of a call besides those of its tiles.
+
+    Attributes:
+        start: of a launch until its first matmul.
+        part: besides its key tiles: queries, first scores, last matmul, result.
+        merge: of the merge's launch and its first loads.
+        merge_bytes: of partial results, written and read in a cycle.
+    """
+
+    start: float
+    part: float
+    merge: float
+    merge_bytes: float
+
+
 class Config(NamedTuple):
     """Tiles and pipeline of a decode kernel.
 
@@ -62,8 +77,11 @@ class Config(NamedTuple):
         stages: key tiles, and as many value tiles, under way.
         turns: whether the consumers take turns at the tensor cores.
         registers: of a consumer's thread.
-        resident: CTAs that share a multiprocessor.
-        cycles: of a multiprocessor for one tile of queries against one tile of keys, all residents together.
+        resident: CTAs that a multiprocessor has room for. A launch that follows another one is not spread evenly: some
+            multiprocessors get as many as they can hold, while others stay empty. So where fewer CTAs would do, more
+            stages keep others out.
+        cycles: of a CTA on a full multiprocessor for a tile of queries against a tile of keys.
+        costs: besides those.
     """
 
     warpgroups: int
@@ -73,32 +91,32 @@ class Config(NamedTuple):
     registers: int = 240
     resident: int = 1
     cycles: float = 1.0
+    costs: Costs = Costs(0.0, 0.0, 0.0, 1.0)
 
 
-# Cycles of the persistent configurations were measured on an H200; those of the small ones are fitted to whole calls.
-# (At head dim 128 of kernels that took 10% longer: so its plans, which were compared by time, stay as they are.)
+# Chosen on an H200. Cycles (of 1980 MHz) were fitted to whole calls, 262 of 22 shapes at head dim 64, within 6% near the
+# best of each. (Those of two consumers at head dim 128 to kernels that took 10% longer, and plans compared by time.)
+_PERSISTENT = {64: Costs(3200.0, 1700.0, 2750.0, 2080.0), 128: Costs(4700.0, 3500.0, 5000.0, 2500.0)}
+_SMALL = {64: Costs(2200.0, 2000.0, 2750.0, 2080.0), 128: Costs(1430.0, 2000.0, 3500.0, 2400.0)}
 CONFIGS = {
     64: (
-        Config(4, 64, 3, turns=True, registers=112, cycles=1540),
-        Config(3, 128, 3, turns=True, registers=160, cycles=2400),
-        Config(2, 128, 3, turns=True, cycles=2020),
-        Config(1, 128, 2, resident=3, cycles=950),
+        Config(4, 64, 3, turns=True, registers=112, cycles=1890, costs=_PERSISTENT[64]),
+        Config(3, 128, 3, turns=True, registers=160, cycles=3010, costs=_PERSISTENT[64]),
+        Config(2, 128, 3, turns=True, cycles=2300, costs=_PERSISTENT[64]),
+        Config(1, 128, 2, resident=3, cycles=3300, costs=_SMALL[64]),
+        Config(1, 128, 3, resident=2, cycles=2230, costs=_SMALL[64]),
+        Config(1, 128, 4, resident=1, cycles=1640, costs=_SMALL[64]),
     ),
     128: (
-        Config(2, 128, 2, cycles=2160),
-        Config(1, 64, 2, resident=2, cycles=780),
+        Config(2, 128, 2, cycles=2160, costs=_PERSISTENT[128]),
+        Config(1, 64, 2, resident=2, cycles=1850, costs=_SMALL[128]),
+        Config(1, 64, 4, resident=1, cycles=1250, costs=_SMALL[128]),
     ),
 }
 
-# Cycles, fitted to whole calls on an H200: of a launch until its first matmul (persistent or not, head dim), and so on.
-_START = {True: {64: 5000.0, 128: 5000.0}, False: {64: 500.0, 128: 2500.0}}
-_PART = {True: 3500.0, False: 2000.0}  # of a part besides its key tiles: queries, first scores, last matmul, result
-_MERGE = 5000.0  # of the merge's launch and its first loads
-_MERGE_BYTES = 2500.0  # of partial results, written and read in a cycle
 _CACHE = 48 << 20  # bytes of keys and values that CTAs at different keys share through the second-level cache
 _MEMORY = 2800.0  # bytes in a cycle from memory, which is what such CTAs read beyond that cache
 _CUT = 1.05  # slowdown of cut tiles, whose neighbours read other keys
-_WAITS = 1.4  # of a small CTA, in units of its work, which neighbours on its multiprocessor hide in part
 _IDLE = 0.6  # exponent: half the rows of a tile take 2 ** -0.6 of its time, for nobody fills the waits
 _SHORTEST = 2  # key tiles of a part that is worth a CTA's start
 _SPLITS = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # of the small kernel
@@ -195,35 +213,32 @@ def assign(costs: Sequence[float], ctas: int) -> list[list[int]]:
 
 
 def bundle_costs(plan: LanePlan, cut: float = _CUT) -> list[float]:
-    """Return the cycles of each bundle; `cut` is the slowdown of cut tiles."""
-    cycles = plan.config.cycles * plan.config.resident
-    part = _PART[plan.config.warpgroups > 1]
+    """Return the cycles of each bundle on a full multiprocessor; `cut` is the slowdown of cut tiles."""
+    cycles = plan.config.cycles
     costs = []
     for bundle in plan.bundles:
         tiles = sum(plan.tiles[part.tile].weight * (part.high - part.low) for part in bundle)
         is_cut = bundle[0].high - bundle[0].low < plan.slot_tiles
-        costs.append(tiles * cycles * (cut if is_cut else 1.0) + len(bundle) * part)
+        costs.append(tiles * cycles * (cut if is_cut else 1.0) + len(bundle) * plan.config.costs.part)
     return costs
 
 
 def cost_of(plan: LanePlan, lanes: int, multiprocessors: int, head_dim: int) -> float:
     """Return the modelled cycles of a call for all lanes of a full ring."""
     config, counts = plan.config, parts_of(plan)
-    persistent = config.warpgroups > 1
-    if persistent:
+    if config.warpgroups > 1:
         heads = {tile.head for tile, count in zip(plan.tiles, counts, strict=True) if count > 1}
         held = lanes * len(heads) * plan.slot_tiles * config.key_tile * head_dim * 4
         wanted = multiprocessors * config.key_tile * head_dim * 4 / config.cycles
-        costs = bundle_costs(plan, _CUT if held <= _CACHE else max(_CUT, wanted / _MEMORY)) * lanes
-        busiest = max(sum(costs[i] for i in x) for x in assign(costs, multiprocessors * config.resident))
+        bundles = bundle_costs(plan, _CUT if held <= _CACHE else max(_CUT, wanted / _MEMORY)) * lanes
+        busiest = max(sum(bundles[i] for i in x) for x in assign(bundles, multiprocessors))
     else:
-        shared = -(-lanes * len(plan.bundles) // multiprocessors)
-        waves = -(-shared // config.resident)
+        waves = -(-lanes * len(plan.bundles) // (multiprocessors * config.resident))
         longest = max(part.high - part.low for bundle in plan.bundles for part in bundle)
-        busiest = math.hypot(shared, waves * _WAITS) * longest * config.cycles + waves * _PART[persistent]
+        busiest = waves * (longest * config.cycles + config.costs.part)
     units = lanes * config.warpgroups * sum(count for count in counts if count > 1)
-    merge = _MERGE + units * 64 * head_dim * 8 / _MERGE_BYTES if units else 0.0
-    return _START[persistent][head_dim] + busiest + merge
+    merge = config.costs.merge + units * 64 * head_dim * 8 / config.costs.merge_bytes if units else 0.0
+    return config.costs.start + busiest + merge
 
 
 def lane_plans(config: Config, heads: int, n: int, slots: int, lanes: int, multiprocessors: int) -> list[LanePlan]:
