@@ -94,8 +94,8 @@ class Config(NamedTuple):
     costs: Costs = Costs(0.0, 0.0, 0.0, 1.0)
 
 
-# Chosen on an H200. Cycles (of 1980 MHz) were fitted to whole calls: 262 of 22 shapes at head dim 64, within 6% near
-# the best of each. (Those of two consumers at head dim 128 come from kernels that took 10% longer.)
+# Chosen on an H200. Cycles (of 1980 MHz) were fitted to whole calls, at head dim 64 to 265 of 22 shapes: mostly within
+# 10% near the best of each. (Those of two consumers at head dim 128 come from kernels that took 10% longer.)
 _PERSISTENT = {64: Costs(3200.0, 1700.0, 2750.0, 2080.0), 128: Costs(4700.0, 3500.0, 5000.0, 2500.0)}
 _SMALL = {64: Costs(2200.0, 2000.0, 2750.0, 2080.0), 128: Costs(1430.0, 2000.0, 3500.0, 2400.0)}
 CONFIGS = {
