@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from aot import SHARED_LIMIT, Report, assembler_warnings, compile_launches, instructions
-from hopper_launches import prefill, rows, straddle, stream, train
+from hopper_launches import cut_decode, prefill, rows, straddle, stream, train
 
 from swba_infer.bench.shapes import SETS, Shape
+from swba_kernels.hopper.decode_plan import CONFIGS, Config
 from swba_kernels.hopper.starts import START
 from swba_kernels.hopper.supports import build_obstacle
 
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.gluon
 
 # Those that Triton numbers itself and those by which consumers take turns must not meet.
 HARDWARE_BARRIER = re.compile(r"\b(?:bar|barrier)\.(?:cta\.)?(?:sync|arrive)(?:\.aligned)?\s+(\d+)(?:,\s*(\d+))?;")
+
+SHARED = 228 * 1024  # bytes that the CTAs of a multiprocessor share
 
 NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 
@@ -36,14 +39,14 @@ SPILLS = {  # the backward's accumulators fill the registers
         "dkv_kernel": 56,
         "fused_kernel": 48,
         "fused_narrow_kernel": 32,
-        "decode_persistent": 8,
+        "decode_persistent": 16,
     },
     "3.7 q_sink": {
         "_forward": 32,
         "dkv_kernel": 56,
         "fused_kernel": 40,
         "fused_narrow_kernel": 32,
-        "decode_persistent": 8,
+        "decode_persistent": 16,
     },
     "3.9 q_sink": {
         "_forward": 184,
@@ -136,6 +139,23 @@ def test_decode_kernels_with_queries_of_their_own_for_the_sinks(shape: Shape) ->
     launches += compile_launches(lambda: stream(shape, rows(shape.batch), sink=100))
     assert {name for name, _ in launches} & {"decode_persistent", "decode_small"}
     check(launches, " q_sink")
+
+
+@pytest.mark.parametrize("sink", [0, 100])
+@pytest.mark.parametrize(("head_dim", "config"), [(d, config) for d, configs in CONFIGS.items() for config in configs])
+def test_every_configuration_of_the_decode(head_dim: int, config: Config, sink: int) -> None:
+    """They spill no more than is recorded, and a multiprocessor has room for as many CTAs as plans take for granted."""
+    launches = compile_launches(lambda: cut_decode(head_dim, config, sink))
+    assert [name for name, _ in launches] == [
+        "decode_persistent" if config.warpgroups > 1 else "decode_small",
+        "combine",
+    ]
+    check(launches, " q_sink" if sink else "")
+    report = launches[0][1]
+    if config.warpgroups == 1:
+        by_shared = SHARED // (-(-(report.shared + 1024) // 128) * 128)  # 1024 are the system's
+        by_registers = 65536 // (-(-report.registers // 8) * 8 * 128)
+        assert min(by_shared, by_registers) == config.resident
 
 
 @pytest.mark.parametrize(("head_dim", "block_size", "sink", "lanes"), PREFILLS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from swba_infer.bench.shapes import Shape
+from swba_kernels.hopper.decode_plan import Config
 
 
 def empty(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,3 +72,15 @@ def prefill(head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | Non
     options = {"block_size": block_size, "window": 4 * block_size, "sink": sink, "grid_start": 0}
     q_sink = torch.empty_like(q) if apart else None
     forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(2), lanes), q_sink=q_sink, **options)
+
+
+def cut_decode(head_dim: int, config: Config, sink: int) -> None:
+    """Launch a decode by a plan of this configuration that cuts tiles along the keys."""
+    from swba_kernels.hopper.decode import decode
+    from swba_kernels.hopper.decode_plan import lane_plans
+
+    plan = next(x for x in lane_plans(config, 4, 100, 2000, 2, 132) if len(x.bundles) > len(x.tiles))
+    q = empty(2, 4, 100, head_dim, dtype=torch.bfloat16)
+    ring = torch.empty(2, 4, 2000, head_dim, dtype=torch.bfloat16, device="meta")
+    q_sink = torch.empty_like(q) if sink else None
+    decode(q, ring, ring, rows(2), rows(2), scale=0.1, q_sink=q_sink, sink=sink, plan=plan)

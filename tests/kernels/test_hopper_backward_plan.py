@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -256,13 +257,39 @@ def test_as_many_heads_run_side_by_side_as_the_cache_holds(config) -> None:
     for head_bytes in (1, 1 << 20, 3 << 20, 7 << 20, 20 << 20, 1 << 30):
         for heads in (1, 2, 3, 7, 12, 32, 64, 1000):
             together = config.side_by_side(heads, head_bytes)
-            assert 1 <= together <= min(heads, config.most)
-            assert together <= config.fewest or together * head_bytes <= backward.CACHE
+            assert 1 <= together <= min(heads, config.most_heads)
+            assert together <= config.fewest_heads or together * head_bytes <= config.cache
             # One more in every group would be too many, or would not make the groups fewer.
             more = together + 1
             assert (
-                more > config.most
-                or more * head_bytes > backward.CACHE
+                more > config.most_heads
+                or more * head_bytes > config.cache
                 or -(-heads // more) == -(-heads // together)
                 or together == heads
             )
+
+
+@pytest.mark.parametrize(
+    ("configs", "heads", "group", "window", "head_dim", "expected"),
+    [  # as was measured best, or nearly (docs/benchmarks/h200-side-by-side.json)
+        (backward.FAST, 64, 1, 4096, 64, 11),
+        (backward.FAST, 32, 1, 9360, 64, 7),
+        (backward.FAST, 12, 1, 32760, 64, 4),
+        (backward.FAST, 64, 1, 1024, 64, 11),
+        (backward.FAST, 32, 1, 4096, 128, 4),
+        (backward.FAST, 12, 1, 9360, 128, 3),
+        (backward.FAST, 12, 1, 32760, 128, 2),
+        (backward.FAST, 4, 4, 9360, 128, 2),
+        (backward.IN_TURN, 64, 1, 4096, 64, 22),
+        (backward.IN_TURN, 32, 1, 9360, 64, 8),
+        (backward.IN_TURN, 12, 1, 32760, 64, 6),
+        (backward.IN_TURN, 64, 1, 1024, 64, 32),
+        (backward.IN_TURN, 4, 4, 9360, 128, 4),
+    ],
+)
+def test_heads_side_by_side_of_calls_that_were_measured(configs, heads, group, window, head_dim, expected) -> None:
+    n = 2 * window
+    q, k = (torch.empty(1, h, n, head_dim, dtype=torch.float16, device="meta") for h in (heads * group, heads))
+    call = backward._Call(q, None, k, k, q, q, q, 1.0, (n, 64, window, 0, 0))
+    assert call.head_bytes() == group * window * (2 * 2 * head_dim + 4 * head_dim)
+    assert configs[head_dim].side_by_side(heads, call.head_bytes()) == expected

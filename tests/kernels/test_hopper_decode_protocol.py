@@ -39,7 +39,9 @@ class Call:
         self.small, self.apart = small, apart
         self.head_dim = draw.choice([64, 128])
         self.config = draw.choice([x for x in CONFIGS[self.head_dim] if (x.warpgroups == 1) == small])
-        self.n, self.slots = draw.choice([draw.randint(1, 64), draw.randint(1, 300)]), draw.randint(1, 900)
+        around = (2 * self.config.stages + 2) * self.config.key_tile  # past each stage twice
+        self.n = draw.choice([draw.randint(1, 64), draw.randint(1, 300)])
+        self.slots = draw.randint(1, draw.choice([900, around]))
         self.rows, self.group = draw.randint(1, 2), draw.randint(1, 2)
         self.heads = self.group * draw.randint(1, 2)
         self.sink = draw.randint(1, self.slots) if apart else 0
@@ -47,7 +49,7 @@ class Call:
         self.lanes = draw.sample(range(3), self.rows) if draw.random() < 0.5 else None
         self.processors, self.resident = draw.randint(1, 6), draw.randint(1, 4)
         plans = lane_plans(self.config, self.heads, self.n, self.slots, self.rows, self.processors)
-        self.plan = draw.choice(plans)
+        self.plan = draw.choice([plans[-1], *plans])  # the last one cuts no tile, or fewest
         self.table = table_of(self.plan, self.rows, self.n, self.processors)
 
     def run(self, machine: Machine) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from swba_kernels import BlockWindow
 from swba_kernels.hopper import backward, forward_plan, supports
 from swba_kernels.hopper import backward_ranges as ranges
-from swba_kernels.hopper.decode_plan import CONFIGS, MAX_FRACTIONS, lane_plans, runs_of_part, table_of
+from swba_kernels.hopper.decode_plan import CONFIGS, MOST_SLOTS_BY_TILES, lane_plans, runs_of_part, table_of
 from swba_kernels.reference import ring_layout
 
 DECODE_CONFIGS = [config for configs in CONFIGS.values() for config in configs]
@@ -122,7 +122,8 @@ def test_merged_parts_of_a_decode_equal_attention(config, valid, sink, data) -> 
 
 def test_fractions_of_both_runs_of_the_longest_ring_fit_32_bits() -> None:
     for config in DECODE_CONFIGS:
-        assert MAX_FRACTIONS * (-(-supports.TOO_MANY_TOKENS // config.key_tile) + 1) < 2**31
+        fractions = -(-MOST_SLOTS_BY_TILES // config.key_tile)
+        assert fractions * (-(-supports.TOO_MANY_TOKENS // config.key_tile) + 1) < 2**31
 
 
 @st.composite

@@ -51,24 +51,26 @@ class Fused(NamedTuple):
     """One kernel for all gradients, five matmuls a tile, that sums those of queries in global memory.
 
     Pipeline stages of the queries and of dS on its way to the warpgroups that make dQ of it, registers of a consumer's
-    thread, how many kv heads run side by side at least and at most, and for how many queries a program takes its turn
-    to add (by key, so that the sums have the same bits every time; 0: it adds at once).
+    thread, how many kv heads run side by side at least and at most, how many bytes of the second-level cache they may
+    take, and for how many queries a program takes its turn to add (by key, so that the sums have the same bits every
+    time; 0: it adds at once).
     """
 
     stages: int
     slope_stages: int
     registers: int
-    fewest: int
-    most: int
+    fewest_heads: int
+    most_heads: int
+    cache: int = 36 << 20
     turn_rows: int = 0
 
     def side_by_side(self, heads: int, head_bytes: int) -> int:
-        """Return how many of all kv `heads` run side by side: groups of equal size, or nearly so.
+        """Return how many of all kv `heads` run side by side.
 
-        As many as the second-level cache holds, where `head_bytes` is what passes by a tile of keys: queries, dout and
-        float32 sums. The next tiles of the head then find them there.
+        As many as the second-level cache holds of what passes by a tile of keys, `head_bytes` for each, so that the
+        next tiles of the head find it there; but within limits, and in groups of equal size, or nearly so.
         """
-        together = min(max(CACHE // head_bytes, self.fewest), self.most)
+        together = min(max(self.cache // head_bytes, self.fewest_heads), self.most_heads)
         return triton.cdiv(heads, triton.cdiv(heads, together))
 
 
@@ -78,14 +80,13 @@ SPLIT = {
     128: Split(dkv=Walk(2, 64, 3, 240), dq=Walk(2, 64, 4, 240)),
 }
 FAST = {
-    64: Fused(stages=4, slope_stages=3, registers=208, fewest=4, most=12),
-    128: Fused(stages=2, slope_stages=3, registers=240, fewest=2, most=4),
+    64: Fused(stages=4, slope_stages=3, registers=208, fewest_heads=4, most_heads=12),
+    128: Fused(stages=2, slope_stages=3, registers=240, fewest_heads=2, most_heads=4),
 }
 IN_TURN = {  # the more heads, the fewer programs of one head wait for one another
-    64: FAST[64]._replace(fewest=6, most=32, turn_rows=256),
-    128: FAST[128]._replace(fewest=4, turn_rows=64),
+    64: FAST[64]._replace(fewest_heads=6, most_heads=32, cache=48 << 20, turn_rows=256),
+    128: FAST[128]._replace(fewest_heads=4, turn_rows=64),
 }
-CACHE = 36 << 20  # bytes; of an H200's 50 MiB
 
 
 def choose_config(head_dim: int, deterministic: bool, waves: float) -> Split | Fused:
@@ -223,6 +224,11 @@ class _Call(NamedTuple):
     scale: float
     pattern: tuple[int, int, int, int, int]
 
+    def head_bytes(self) -> int:
+        """Return what passes by a tile of keys of a kv head: its window's queries and dout, and float32 sums of dQ."""
+        _, heads, _, head_dim = self.q.shape
+        return heads // self.k.shape[1] * self.pattern[2] * head_dim * (2 + 2 + 4)
+
     def key_tiles(self, keys: int, apart: bool) -> int:
         """Return how many tiles of `keys` a head has; none holds sinks and others if those are met apart."""
         n, _, _, sink, _ = self.pattern
@@ -312,7 +318,7 @@ def _fused(call: _Call, config: Fused, grads: _Gradients) -> None:
         row_descriptor(lse2, rows), row_descriptor(delta, rows), sum_descriptor(sums),
         *grads.key_descriptors(sink, apart), counters[4:], counters,
         scale * LOG2E, *pattern, heads, heads // k.shape[1], batch * k.shape[1],
-        config.side_by_side(batch * k.shape[1], heads // k.shape[1] * pattern[2] * head_dim * 8),
+        config.side_by_side(batch * k.shape[1], call.head_bytes()),
     )  # fmt: skip
     constants = {"BLOCK_M": rows, "D": head_dim, "STAGES": config.stages, "SLOPE_STAGES": config.slope_stages}
     constants |= {"REGISTERS": config.registers, "TURN_ROWS": config.turn_rows, "Q_SINK": apart, "num_warps": 4}

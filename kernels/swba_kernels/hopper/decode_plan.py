@@ -5,8 +5,8 @@ that one plan serves every filled length and every step of a CUDA graph. How a l
 capacities alone and is the same for every lane, whatever rows a call has: a lane's bits depend on nothing else. Only
 the assignment of the parts to CTAs sees the number of rows.
 
-B rows of the call, L ring lanes, W warpgroups of 64 query rows in a tile, C key tiles of a full ring, at most
-MAX_FRACTIONS.
+B rows of the call, L ring lanes, W warpgroups of 64 query rows in a tile, C key tiles of a full ring (of rings beyond
+2^18 slots, as many equal fractions as that has tiles).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from triton.experimental import gluon
 
 from .combine import MAX_PARTS
 
-MAX_FRACTIONS = 4096  # so that a fraction times the key tiles of a ring of 2^25 slots fits 32 bits, which divide fast
+# Beyond these, fractions of a ring are longer than its key tiles: so a fraction times the key tiles of a ring of 2^25
+# slots fits 32 bits, which divide fast.
+MOST_SLOTS_BY_TILES = 4096 * 64
 
 
 @gluon.jit
@@ -75,23 +77,24 @@ class Config(NamedTuple):
         warpgroups: of 64 query rows in a tile; 1 is the kernel of decode_small.py, 2 to 4 that of decode_persistent.py.
         key_tile: keys of a tile.
         stages: key tiles, and as many value tiles, under way.
+        cycles: of a CTA on a full multiprocessor for a tile of queries against a tile of keys.
+        costs: besides those.
         turns: whether the consumers take turns at the tensor cores.
         registers: of a consumer's thread.
         resident: CTAs that a multiprocessor has room for. A launch that follows another one is not spread evenly: some
             multiprocessors get as many as they can hold, while others stay empty. So where fewer CTAs would do, more
-            stages keep others out.
-        cycles: of a CTA on a full multiprocessor for a tile of queries against a tile of keys.
-        costs: besides those.
+            stages keep others out. (Launches of some dozens are spread. There more stages only take longer to start:
+            3%, which nobody models.)
     """
 
     warpgroups: int
     key_tile: int
     stages: int
+    cycles: float
+    costs: Costs
     turns: bool = False
     registers: int = 240
     resident: int = 1
-    cycles: float = 1.0
-    costs: Costs = Costs(0.0, 0.0, 0.0, 1.0)
 
 
 # Chosen on an H200. Cycles (of 1980 MHz) were fitted to whole calls, at head dim 64 to 265 of 22 shapes: mostly within
@@ -100,22 +103,22 @@ _PERSISTENT = {64: Costs(3200.0, 1700.0, 2750.0, 2080.0), 128: Costs(4700.0, 350
 _SMALL = {64: Costs(2200.0, 2000.0, 2750.0, 2080.0), 128: Costs(1430.0, 2000.0, 3500.0, 2400.0)}
 CONFIGS = {
     64: (
-        Config(4, 64, 3, turns=True, registers=112, cycles=1890, costs=_PERSISTENT[64]),
-        Config(3, 128, 3, turns=True, registers=160, cycles=3010, costs=_PERSISTENT[64]),
-        Config(2, 128, 3, turns=True, cycles=2300, costs=_PERSISTENT[64]),
-        Config(1, 128, 2, resident=3, cycles=3300, costs=_SMALL[64]),
-        Config(1, 128, 3, resident=2, cycles=2230, costs=_SMALL[64]),
-        Config(1, 128, 4, resident=1, cycles=1640, costs=_SMALL[64]),
+        Config(4, 64, 3, 1890, _PERSISTENT[64], turns=True, registers=112),
+        Config(3, 128, 3, 3010, _PERSISTENT[64], turns=True, registers=160),
+        Config(2, 128, 3, 2300, _PERSISTENT[64], turns=True),
+        Config(1, 128, 2, 3300, _SMALL[64], resident=3),
+        Config(1, 128, 3, 2230, _SMALL[64], resident=2),
+        Config(1, 128, 4, 1640, _SMALL[64], resident=1),
     ),
     128: (
-        Config(2, 128, 2, cycles=2160, costs=_PERSISTENT[128]),
-        Config(1, 64, 2, resident=2, cycles=1850, costs=_SMALL[128]),
-        Config(1, 64, 4, resident=1, cycles=1250, costs=_SMALL[128]),
+        Config(2, 128, 2, 2160, _PERSISTENT[128]),
+        Config(1, 64, 2, 1850, _SMALL[128], resident=2),
+        Config(1, 64, 4, 1250, _SMALL[128], resident=1),
     ),
 }
 
 _CACHE = 48 << 20  # bytes of keys and values that CTAs at different keys share through the second-level cache
-_MEMORY = 2800.0  # bytes in a cycle from memory, which is what such CTAs read beyond that cache
+_MEMORY = 2800.0  # bytes in a cycle that such CTAs read beyond that cache; fitted, and felt at head dim 128 only
 _CUT = 1.05  # slowdown of cut tiles, whose neighbours read other keys
 _IDLE = 0.6  # exponent: half the rows of a tile take 2 ** -0.6 of its time, for nobody fills the waits
 _SHORTEST = 2  # key tiles of a part that is worth a CTA's start
@@ -244,12 +247,12 @@ def cost_of(plan: LanePlan, lanes: int, multiprocessors: int, head_dim: int) -> 
 def lane_plans(config: Config, heads: int, n: int, slots: int, lanes: int, multiprocessors: int) -> list[LanePlan]:
     """Return the plans worth comparing: all tiles whole, the last wave cut or the last two, every tile cut alike."""
     tiles = query_tiles(heads, n, config.warpgroups)
-    slot_tiles = min(-(-slots // config.key_tile), MAX_FRACTIONS)
-    ctas = multiprocessors * config.resident
+    slot_tiles = -(-min(slots, MOST_SLOTS_BY_TILES) // config.key_tile)
     cuts = {(len(tiles), 0)}
     if config.warpgroups == 1:
         cuts |= {(0, len(tiles) * splits) for splits in _SPLITS if splits * _SHORTEST <= slot_tiles}
     else:
+        ctas = multiprocessors
         waves = lanes * len(tiles) // ctas
         for whole in {min(len(tiles), w * ctas // lanes) for w in (waves, waves - 1) if w >= 0}:
             most = (len(tiles) - whole) * slot_tiles // _SHORTEST
