@@ -83,8 +83,8 @@ class Config(NamedTuple):
         registers: of a consumer's thread.
         resident: CTAs that a multiprocessor has room for. A launch that follows another one is not spread evenly: some
             multiprocessors get as many as they can hold, while others stay empty. So where fewer CTAs would do, more
-            stages keep others out. (Launches of some dozens are spread. There more stages only take longer to start:
-            3%, which nobody models.)
+            stages keep others out. (Launches of some dozens are spread; there more stages only take longer to start, by
+            3% of a call, which the costs leave out.)
     """
 
     warpgroups: int
@@ -252,15 +252,15 @@ def lane_plans(config: Config, heads: int, n: int, slots: int, lanes: int, multi
     if config.warpgroups == 1:
         cuts |= {(0, len(tiles) * splits) for splits in _SPLITS if splits * _SHORTEST <= slot_tiles}
     else:
-        ctas = multiprocessors
-        waves = lanes * len(tiles) // ctas
-        for whole in {min(len(tiles), w * ctas // lanes) for w in (waves, waves - 1) if w >= 0}:
+        waves = lanes * len(tiles) // multiprocessors
+        for whole in {min(len(tiles), w * multiprocessors // lanes) for w in (waves, waves - 1) if w >= 0}:
             most = (len(tiles) - whole) * slot_tiles // _SHORTEST
-            for ranges in {ctas // lanes, -(-ctas // lanes), 2 * ctas // lanes}:
+            for ranges in {multiprocessors // lanes, -(-multiprocessors // lanes), 2 * multiprocessors // lanes}:
                 if min(ranges, most) > 0:
                     cuts.add((whole, min(ranges, most)))
-        if lanes * len(tiles) * 2 <= ctas:
-            cuts.add((0, len(tiles) * min(ctas // (lanes * len(tiles)), max(1, slot_tiles // _SHORTEST))))
+        if lanes * len(tiles) * 2 <= multiprocessors:
+            splits = min(multiprocessors // (lanes * len(tiles)), max(1, slot_tiles // _SHORTEST))
+            cuts.add((0, len(tiles) * splits))
     plans = [LanePlan(config, slot_tiles, tiles, cut(tiles, slot_tiles, *c)) for c in sorted(cuts)]
     return [plan for plan in plans if max(parts_of(plan)) <= MAX_PARTS]
 
