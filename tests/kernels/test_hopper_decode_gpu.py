@@ -1,7 +1,4 @@
-"""The ring decode of Hopper on a GPU: every configuration against the float64 reference, and its promises.
-
-`-k small` selects what compute-sanitizer gets through in a minute.
-"""
+"""The ring decode of Hopper on a GPU: every configuration against the float64 reference, and its promises."""
 
 from __future__ import annotations
 
