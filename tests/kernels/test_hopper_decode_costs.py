@@ -1,7 +1,4 @@
-"""What a decode plan is chosen by: the modelled cycles of a call, beside times that were measured.
-
-W warpgroups of 64 query rows in a tile.
-"""
+"""What a decode plan is chosen by: the modelled cycles of a call, beside times that were measured."""
 
 from __future__ import annotations
 
@@ -27,35 +24,17 @@ from swba_kernels.hopper.decode_plan import (
 )
 
 MEASURED = Path(__file__).parents[2] / "docs" / "benchmarks" / "h200-decode-rooms.json"
-# By (head dim, W), where the file does not say.
-STAGES = {(64, 1): 2, (64, 2): 3, (64, 3): 3, (64, 4): 3, (128, 1): 2, (128, 2): 2}
+TIMES = "us (consumers.stages.bundles of all lanes)"
 
 
-def kind_of(column: str, label: str, head_dim: int, lanes: int) -> tuple[int, int, int] | None:
-    """Return (W, stages, bundles of all lanes) of a plan in the file, or None where it does not say."""
-    if "stages.bundles" in column:
-        w, stages, bundles = label.removeprefix("W").split(".")
-        return int(w), int(stages), int(bundles)
-    if "consumers.bundles" in column:
-        w, bundles = map(int, label.removeprefix("W").split("."))
-        return w, STAGES[head_dim, w], bundles * lanes
-    if "CTAs s stages" in column and "s" in label:
-        bundles, stages = map(int, label.split("s"))
-        return 1, stages, bundles
-    return None
-
-
-def measured() -> dict[tuple[int, ...], dict[tuple[int, int, int], float]]:
+def measured() -> dict[tuple[int, ...], dict[str, float]]:
     """Return the microseconds of each plan that was tried for (head dim, lanes, heads, queries, slots)."""
     samples = defaultdict(lambda: defaultdict(list))
     for rows in json.loads(MEASURED.read_text()).values():
         for row in rows if isinstance(rows, list) else ():
-            for column in (name for name in row if name.startswith("us (")):
-                lanes, heads, n, slots = row["lanes, heads, queries, slots"]
-                for label, us in row[column].items():
-                    kind = kind_of(column, label, row["head_dim"], lanes)
-                    if kind:
-                        samples[row["head_dim"], lanes, heads, n, slots][kind].append(us)
+            for kind, us in row.get(TIMES, {}).items():
+                shape = (row["head_dim"], *row["lanes, heads, queries, slots"])
+                samples[shape][kind].append(us)
     return {shape: {kind: statistics.median(x) for kind, x in kinds.items()} for shape, kinds in samples.items()}
 
 
@@ -63,7 +42,7 @@ def test_what_is_chosen_is_nearly_the_fastest_plan_that_was_measured() -> None:
     losses = []
     for (head_dim, lanes, heads, n, slots), kinds in measured().items():
         plan = plan_lane(head_dim, heads, n, slots, lanes, 132)
-        kind = plan.config.warpgroups, plan.config.stages, len(plan.bundles) * lanes
+        kind = f"{plan.config.warpgroups}.{plan.config.stages}.{len(plan.bundles) * lanes}"
         losses.append(kinds[kind] / min(kinds.values()) - 1)  # what was not tried is not chosen
     assert len(losses) == 30
     assert max(losses) < 0.14
