@@ -138,7 +138,7 @@ def test_under_any_schedule_every_row_is_made_of_what_is_filled(kind) -> None:
     check(kind, modules_of(KINDS[kind][0], {}))
 
 
-PERSISTENT, SMALL, PLAN = "decode_persistent", "decode_small", "decode_plan"
+PERSISTENT, SMALL, SHARED, PLAN = "decode_persistent", "decode_small", "small", "decode_plan"
 GIVEN_BACK = "mbarrier.arrive(v_empty.index(v_stage), count=1)"
 MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) text)
     "keys are not waited for": ("persistent", "race: _scores", PERSISTENT, (
@@ -198,19 +198,19 @@ MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) te
         "return low * filled // slot_tiles, high", "return max(low * filled // slot_tiles - 1, 0), high",
     )),
     "another lane is read": ("persistent", "elsewhere", PERSISTENT, ("lane = i_b\n", "lane = i_b + 1\n")),
-    "small: keys are not waited for": ("small", "race: _loop", SMALL, (
+    "small: keys are not waited for": ("small", "race: next_scores", SMALL, (
         "        mbarrier.wait(k_full.index(stage), j // STAGES & 1)\n", "",
     )),
-    "small: values are not waited for": ("small", "race: _loop", SMALL, (
-        "        mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)\n", "",
+    "small: values are not waited for": ("small", "race: next_scores", SHARED, (
+        "    mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)\n", "",
     )),
-    "small: the sum is not waited for": ("small", "may not be done|race", SMALL, (
+    "small: the sum is not waited for": ("small", "may not be done|race", SHARED, (
         "s, acc = warpgroup_mma_wait(0, deps=(s, acc))", "s = warpgroup_mma_wait(1, deps=(s,))",
     )),
     "small: a tile too far ahead is copied": ("small", "race|bytes|phase|deadlock", SMALL, (
         "        _copy(v_desc, at, j - 1 + STAGES, tiles", "        _copy(v_desc, at, j + STAGES, tiles",
     )),
-    "small: queries of the window are not waited for": ("small, sinks apart", "race: _loop", SMALL, (
+    "small: queries of the window are not waited for": ("small, sinks apart", "race: next_scores", SMALL, (
         "mbarrier.wait(q_full, 1, pred=j == sinks)", "pass",
     )),
     "small: queries of the sinks are replaced too early": ("small, sinks apart", "assert|race|bytes|deadlock", SMALL, (

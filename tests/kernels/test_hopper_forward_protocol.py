@@ -156,7 +156,7 @@ def test_under_any_schedule_every_row_is_made_of_the_keys_that_it_sees(kind) -> 
 
 
 CONSUMER, PRODUCER, KERNEL, PLAN = "forward_consumer", "forward_producer", "forward", "forward_plan"
-BLOCKS = "forward_small"
+BLOCKS, SHARED = "forward_small", "small"
 MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) text)
     "keys are not waited for": ("whole blocks", "race: _issue_scores", CONSUMER, (
         "buffers.k.shape[0])\n    mbarrier.wait(bars.k_full.index(stage), phase)", "buffers.k.shape[0])",
@@ -232,13 +232,13 @@ MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) te
     "a ring is read from one slot too early": ("on a ring", "assert", PLAN, (
         "start = sink + turn - held +", "start = sink + turn - held - 1 +",
     )),
-    "small: keys are not waited for": ("small blocks", "race: _loop", BLOCKS, (
+    "small: keys are not waited for": ("small blocks", "race: next_scores", BLOCKS, (
         "        mbarrier.wait(k_full.index(stage), j // STAGES & 1)\n", "",
     )),
-    "small: values are not waited for": ("small blocks", "race: _loop", BLOCKS, (
-        "        mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)\n", "",
+    "small: values are not waited for": ("small blocks", "race: next_scores", SHARED, (
+        "    mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)\n", "",
     )),
-    "small: the sum is used before it is done": ("small blocks", "may not be done", BLOCKS, (
+    "small: the sum is used before it is done": ("small blocks", "may not be done", SHARED, (
         "s, acc = warpgroup_mma_wait(0, deps=(s, acc))", "s = warpgroup_mma_wait(1, deps=(s,))",
     )),
     "small: a tile too far ahead is copied": ("small blocks", "race|bytes|phase|deadlock", BLOCKS, (

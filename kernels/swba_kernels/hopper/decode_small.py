@@ -16,17 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from .assembler import own_assembler
-from .compat import allow_dependents, await_prerequisites, box, cta_barrier, tma_load, tma_store
+from .compat import allow_dependents, await_prerequisites, box, tma_load, tma_store
 from .decode_plan import key_tiles_of_part, runs_of_part
 from .pipeline import counting
-from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
+from .small import copy_tile, expect_tile, first_scores, last_values, next_scores, small_buffers
 from .softmax import first_weights, hide_first, next_weights, rescale, row_state
-from .weights import add_values
 
 
 @gluon.jit
@@ -75,13 +72,7 @@ def _loop(
         mbarrier.wait(k_full.index(stage), j // STAGES & 1)
         if Q_SINK:
             mbarrier.wait(q_full, 1, pred=j == sinks)
-        s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
-        acc = add_values(p, v_smem.index(last), acc)
-        s, acc = warpgroup_mma_wait(0, deps=(s, acc))
-        cta_barrier()
-        expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
-        expect_tile(j + STAGES, tiles, k_full, BN, D, STAGES)
+        s, acc = next_scores(q, p, acc, j, stage, last, tiles, k_smem, v_smem, k_full, v_full, zero, BN, D, STAGES)
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         if Q_SINK:

@@ -18,18 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from .assembler import own_assembler
-from .compat import box, cta_barrier, tma_load, tma_store
+from .compat import box, tma_load, tma_store
 from .forward_consumer import clear_rows
 from .forward_plan import block_end
 from .pipeline import counting
-from .small import copy_tile, expect_tile, first_scores, last_values, small_buffers
+from .small import copy_tile, expect_tile, first_scores, last_values, next_scores, small_buffers
 from .softmax import first_weights, next_weights, rescale, row_state
-from .weights import add_values
 
 KEYS = 128  # of a tile; blocks, or else the whole sequence, have to be smaller
 
@@ -99,13 +96,7 @@ def _loop(
         stage = j % STAGES
         last = (j - 1) % STAGES
         mbarrier.wait(k_full.index(stage), j // STAGES & 1)
-        s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
-        acc = add_values(p, v_smem.index(last), acc)
-        s, acc = warpgroup_mma_wait(0, deps=(s, acc))
-        cta_barrier()
-        expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
-        expect_tile(j + STAGES, tiles, k_full, BN, D, STAGES)
+        s, acc = next_scores(q, p, acc, j, stage, last, tiles, k_smem, v_smem, k_full, v_full, zero, BN, D, STAGES)
         _copy(v_desc, at, j - 1 + STAGES, tiles, v_full, v_smem, BN, D, STAGES)
         _copy(k_desc, at, j + STAGES, tiles, k_full, k_smem, BN, D, STAGES)
         if is_low_edge(j, tiles):

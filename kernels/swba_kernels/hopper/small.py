@@ -60,6 +60,26 @@ def first_scores(q, k_smem, k_full, zero):
 
 
 @gluon.jit
+def next_scores(
+    q, p, acc, j, stage, last, tiles, k_smem, v_smem, k_full, v_full, zero,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Return the scores of key tile j, which has come to `stage`, and the accumulator with the tile before it.
+
+    p are the weights of that one, in stage `last` are its values. Every warp has then read both stages, and the copies
+    into them are announced.
+    """
+    s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(last), (j - 1) // STAGES & 1)
+    acc = add_values(p, v_smem.index(last), acc)
+    s, acc = warpgroup_mma_wait(0, deps=(s, acc))
+    cta_barrier()
+    expect_tile(j - 1 + STAGES, tiles, v_full, BN, D, STAGES)
+    expect_tile(j + STAGES, tiles, k_full, BN, D, STAGES)
+    return s, acc
+
+
+@gluon.jit
 def last_values(acc, p, v_smem, v_full, tiles, STAGES: gl.constexpr):
     """Return the accumulator with the values of the last of `tiles`, whose weights are p."""
     stage = (tiles - 1) % STAGES
