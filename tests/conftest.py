@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_world import save_tiny_world
 
     return save_tiny_world(tmp_path_factory.mktemp("worlds") / "tiny")
+
+
+@pytest.fixture
+def full_float32() -> Iterator[None]:
+    """Keep convolutions and matrix products from rounding to TF32; by hand, since monkeypatch cannot restore these."""
+    import torch
+
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value

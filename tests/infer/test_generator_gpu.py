@@ -36,18 +36,6 @@ def test_captured_and_eager_steps_give_the_same_frames():
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.fixture
-def full_float32():
-    """Keep convolutions and matrix products from rounding to TF32; by hand, since monkeypatch cannot restore these."""
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    yield
-    for switch, value in zip(switches, before, strict=True):
-        switch.allow_tf32 = value
-
-
 @pytest.mark.usefixtures("full_float32")
 def test_a_step_on_the_gpu_gives_what_the_cpu_gives():
     context = np.random.default_rng(0).integers(0, 256, (6, 24, 32, 3), dtype=np.uint8)

@@ -48,8 +48,8 @@ def on_gpu(dtype: torch.dtype) -> WanTransformer:
     return random_wan(SIZES, device="cpu", dtype=torch.float32).place("cuda", dtype)
 
 
-def test_float32_equals_the_cpu(exact, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+@pytest.mark.usefixtures("full_float32")
+def test_float32_equals_the_cpu(exact):
     assert error(run(on_gpu(torch.float32), impl="sdpa"), exact) < 1e-5
 
 
