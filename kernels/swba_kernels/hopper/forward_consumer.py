@@ -166,10 +166,10 @@ def _next_segment(
         acc, p, top, total, stage, phase = _next_tile(
             q, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, FIRST, TURNS, GROUP
         )
-    for _ in range((length + COLUMNS - 1) // COLUMNS - 1):
-        acc, p, top, total, stage, phase = _next_tile(
-            q, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
-        )
+        for _ in range((length + COLUMNS - 1) // COLUMNS - 1):
+            acc, p, top, total, stage, phase = _next_tile(
+                q, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
+            )
     return acc, p, top, total, stage, phase
 
 
@@ -319,13 +319,19 @@ def _sit_out(
 
 
 @gluon.jit
+def wide(x):
+    """Return a number that is not negative in 64 bits: the others are zero, so that no register keeps its sign."""
+    return x.to(gl.uint32).to(gl.int64)
+
+
+@gluon.jit
 def _write(acc, top, total, i_b, i_h, row, end, smem, outputs, call):
     """Store 64 rows of out and lse from `row` on, those before `end`: by TMA unless that would touch the next block."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     top, total = row_state(top, total, ROWS)
     lse = (top + gl.log2(total)) * 0.6931471805599453
     lse_rows = row + gl.arange(0, 64, layout=ROWS)
-    gl.store(outputs.p_lse + (i_b * call.heads + i_h).to(gl.int64) * call.n + lse_rows, lse, mask=lse_rows < end)
+    gl.store(outputs.p_lse + (i_b * call.heads + i_h).to(gl.int64) * wide(call.n) + lse_rows, lse, mask=lse_rows < end)
     out = (acc * (1.0 / total)[:, None]).to(smem.dtype)
     if (row + 64 <= end) | (end == call.n):
         tma.store_wait(0)
@@ -335,8 +341,8 @@ def _write(acc, top, total, i_b, i_h, row, end, smem, outputs, call):
     else:
         rows = row + gl.arange(0, 64, layout=ROWS)
         columns = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
-        at = rows.to(gl.int64)[:, None] * outputs.s_on + columns[None, :]
-        p_head = outputs.p_out + i_b.to(gl.int64) * outputs.s_ob + i_h.to(gl.int64) * outputs.s_oh
+        at = rows.to(gl.int64)[:, None] * wide(outputs.s_on) + columns[None, :]
+        p_head = outputs.p_out + i_b.to(gl.int64) * wide(outputs.s_ob) + i_h.to(gl.int64) * wide(outputs.s_oh)
         gl.store(p_head + at, out, mask=(rows < end)[:, None])
 
 
