@@ -31,36 +31,36 @@ NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 # "q_sink" is for calls with queries of their own for the sinks, "prefill" for a ring, "straddling" for tiles that
 # straddle blocks.
 SPILLS = {  # the backward's accumulators fill the registers
-    "3.6": {"fused_kernel": 16, "_forward": 8},
-    "3.7": {"fused_kernel": 8, "_forward": 8},
+    "3.6": {"fused_kernel": 8},
+    "3.7": {"fused_kernel": 8},
     "3.9": {"fused_kernel": 16, "_forward": 136, "decode_persistent": 152},
     "3.6 q_sink": {
-        "_forward": 32,
+        "_forward": 16,
         "dkv_kernel": 56,
-        "fused_kernel": 48,
+        "fused_kernel": 40,
         "fused_narrow_kernel": 32,
         "decode_persistent": 16,
     },
     "3.7 q_sink": {
-        "_forward": 32,
+        "_forward": 16,
         "dkv_kernel": 56,
         "fused_kernel": 40,
         "fused_narrow_kernel": 32,
         "decode_persistent": 16,
     },
     "3.9 q_sink": {
-        "_forward": 184,
+        "_forward": 168,
         "dq_kernel": 32,
-        "fused_kernel": 48,
+        "fused_kernel": 56,
         "fused_narrow_kernel": 24,
         "decode_persistent": 200,
     },
     "3.6 prefill": {"_forward": 8},
-    "3.7 prefill": {"_forward": 8},
-    "3.9 prefill": {"_forward": 160},
-    "3.6 straddling": {"_forward": 16},
-    "3.7 straddling": {"_forward": 16},
-    "3.9 straddling": {"_forward": 200},
+    "3.7 prefill": {"_forward": 16},
+    "3.9 prefill": {"_forward": 184},
+    "3.6 straddling": {"_forward": 8},
+    "3.7 straddling": {"_forward": 8},
+    "3.9 straddling": {"_forward": 176},
 }
 
 

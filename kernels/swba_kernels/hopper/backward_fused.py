@@ -152,22 +152,19 @@ def _consume(
         two_before = one_before
         phase = next_phase
     close_starts(True, WARPGROUP)
-    dq = _issue_dq(ds_smem.index(two_before), k_columns)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
-    _hand_over(dq, way_out, dq_empty, (count & 1) ^ 1)
-    _announce(dq_full)
-    two_before, phase = next_stage(two_before, phase, SLOTS)
-    mbarrier.wait(ds_full.index(two_before), phase)
-    dq = _issue_dq(ds_smem.index(two_before), k_columns)
+    for i in range(2):  # a loop, since the body written out twice spills
+        mbarrier.wait(ds_full.index(two_before), phase)
+        dq = _issue_dq(ds_smem.index(two_before), k_columns)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        _hand_over(dq, way_out, dq_empty, ((count + i) & 1) ^ 1)
+        _announce(dq_full)
+        two_before, phase = next_stage(two_before, phase, SLOTS)
     # Asked of the loader: through the loop the answers would sit in registers.
     in_sinks, i_b, i_h, first = told_place(notes, 0)
     first += WARPGROUP * 64
     # Both warpgroups are through with the stage of queries that came before the last one: its q and dout are free.
     spare = (q_smem if WARPGROUP == 0 else grad_smem).index(count & 1)
     send_gradients(outputs, in_sinks, i_b, i_h, first, dk, dv, scale2, spare, v, False, Q_SINK)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
-    _hand_over(dq, way_out, dq_empty, count & 1)
-    _announce(dq_full)
     tma.store_wait(0)
 
 
