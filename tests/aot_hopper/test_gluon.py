@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from aot import SHARED_LIMIT, Report, assembler_warnings, compile_launches, instructions
-from hopper_launches import cut_decode, prefill, rows, straddle, stream, train
+from hopper_launches import cut_decode, empty, prefill, rows, straddle, stream, train
 
 from swba_infer.bench.shapes import SETS, Shape
 from swba_kernels.hopper.decode_plan import CONFIGS, Config
@@ -124,6 +124,18 @@ def test_forward_kernels_whose_tiles_straddle_blocks(head_dim: int, dtype: torch
     launches = compile_launches(lambda: straddle(head_dim, dtype, sink))
     assert {name for name, _ in launches} == {"_forward"}
     check(launches, " straddling")
+
+
+def test_strides_beyond_32_bits_are_used_whole() -> None:
+    """Rows that end a block are stored by address: a batch stride of 4.3e9 must not lose its upper half."""
+    from swba_kernels.hopper.forward import forward
+
+    q, k = (empty(2, heads, 840_000, 128, dtype=torch.bfloat16) for heads in (40, 8))
+    assert q.stride(0) > 2**32
+    options = {"block_size": 1560, "window": 9360, "sink": 0, "grid_start": 0}
+    ((_, report),) = compile_launches(lambda: forward(q, k, k, scale=0.1, **options))
+    registers = re.findall(r"ld\.param\.b64\s+(%rd\d+),", report.ptx)
+    assert any(re.search(rf"mul\.lo\.s64\s+%rd\d+, {register}, ", report.ptx) for register in registers)
 
 
 @pytest.mark.parametrize("shape", SETS["decode"] + SETS["odd-decode"], ids=lambda shape: shape.name)

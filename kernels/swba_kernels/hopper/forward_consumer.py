@@ -320,8 +320,10 @@ def _sit_out(
 
 @gluon.jit
 def wide(x):
-    """Return a number that is not negative in 64 bits: the others are zero, so that no register keeps its sign."""
-    return x.to(gl.uint32).to(gl.int64)
+    """Return a number that is not negative in 64 bits; one of 32 gets zeros, so that no register keeps its sign."""
+    if x.dtype == gl.int32:
+        x = x.to(gl.uint32)
+    return x.to(gl.int64)
 
 
 @gluon.jit
