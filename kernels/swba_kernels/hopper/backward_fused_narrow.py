@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .assembler import own_assembler
 from .backward_loader import load_pieces, told_place, told_walk, told_work
-from .backward_order import await_turn, by_thread, pass_turn, sum_box, tma_add
+from .backward_order import await_turn, by_thread, pass_turn, sum_box
 from .backward_ranges import (
     all_start_without_others,
     first_tile,
@@ -38,7 +38,7 @@ from .backward_ranges import (
     work_of,
 )
 from .backward_shared import fold, operands, row_box, send_gradients, slopes, slopes_beside
-from .compat import cta_barrier, tma_store, view
+from .compat import cta_barrier, tma_add, tma_store, view
 from .notes import notes_of, told
 from .pipeline import counting, next_stage
 from .starts import close_starts, open_starts

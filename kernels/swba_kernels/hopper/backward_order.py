@@ -11,21 +11,12 @@ add to a tile do so in the order of their keys: a counter per tile (or for sever
 
 from __future__ import annotations
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .backward_ranges import next_row, number_of, walk_grid, work_of
-from .compat import cta_barrier, tma_store, view
-
-
-@builtin
-def tma_add(desc, coord, src, _semantic=None):
-    """Add a float32 box in shared memory to global memory; the copy engine does it (3.9 has a name for it)."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+from .compat import cta_barrier, tma_add, tma_store, view
 
 
 def sum_layout(rank: int) -> gl.NVMMASharedLayout:

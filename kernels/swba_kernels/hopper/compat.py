@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "cta_barrier",
     "named_arrive",
     "named_sync",
+    "tma_add",
     "tma_load",
     "tma_store",
     "view",
@@ -28,6 +31,13 @@ __all__ = [
 tma_load: Any = tma.async_load if hasattr(tma, "async_load") else getattr(tma, "async_copy_global_to_shared")  # noqa: B009
 tma_store: Any = tma.async_store if hasattr(tma, "async_store") else getattr(tma, "async_copy_shared_to_global")  # noqa: B009
 cta_barrier: Any = gl.barrier if hasattr(gl, "barrier") else getattr(gl, "thread_barrier")  # noqa: B009
+
+
+@builtin
+def tma_add(desc, coord, src, _semantic=None):
+    """Add a float32 box in shared memory to global memory; the copy engine does it (only 3.9 has a name for it)."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
 
 
 def box_layout(rank: int, bits: int = 16) -> gl.NVMMASharedLayout:
