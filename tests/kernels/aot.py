@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,33 +89,55 @@ class _NoGpu:
         return 0
 
 
+@contextmanager
+def _intercepted(run: Callable[..., None], arch: int, multiprocessors: int) -> Iterator[None]:
+    """Let `run` take each launch; the host code believes to be on a GPU of that many multiprocessors."""
+    import torch
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    with (
+        mock.patch.object(driver, "_active", _NoGpu(arch)),
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
+    ):
+        yield
+
+
 def compile_launches(
     call: Callable[[], object], arch: int = 90, multiprocessors: int = 132
 ) -> list[tuple[str, Report]]:
     """Run `call`, whose tensors live on the meta device; return (kernel, report) of each launch it would make.
 
-    The host code believes to be on a GPU of `multiprocessors` multiprocessors. Addresses of meta tensors are 0, thus
-    aligned as those of torch's allocator.
+    Addresses of meta tensors are 0, thus aligned as those of torch's allocator.
     """
-    import torch
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     launches = []
-    run = JITFunction.run
+    compile_now = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self.fn.__name__, compile_now(self, *args, grid=grid, warmup=True, **kwargs)))
 
-    properties = SimpleNamespace(multi_processor_count=multiprocessors)
-    with (
-        mock.patch.object(driver, "_active", _NoGpu(arch)),
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
-    ):
+    with _intercepted(run, arch, multiprocessors):
         call()
     return [(name, _report(compiled)) for name, compiled in launches]
+
+
+def record_launches(
+    call: Callable[[], object], arch: int = 90, multiprocessors: int = 132
+) -> list[tuple[str, dict[str, Any]]]:
+    """Run `call` likewise; return (kernel, arguments and options by name) of each launch, without a compiler."""
+    launches = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self.fn.__name__, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
+
+    with _intercepted(run, arch, multiprocessors):
+        call()
+    return launches
 
 
 @cache

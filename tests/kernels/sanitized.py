@@ -2,7 +2,8 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/kernels/sanitized.py decode 64
 
-Every tensor is then an allocation of its own, behind which nothing may be touched.
+Every tensor is then an allocation of its own, behind which nothing may be touched. Each kernel runs in each of its
+forms: `test_sanitized.py` says which.
 
 B batch or lanes, H heads, N tokens, S slots of the ring, D head dim.
 """
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 N = 333
-PATTERNS = [  # sizes that leave ragged tiles, with a first block that is cut short
-    {"block_size": 200, "window": 400, "sink": 0, "grid_start": -30},
-    {"block_size": 100, "window": 300, "sink": 70, "grid_start": 0},
+PATTERNS = [  # sizes that leave ragged tiles, with a first block that is cut short; no block sees all
+    {"block_size": 100, "window": 200, "sink": 0, "grid_start": -30},
+    {"block_size": 70, "window": 140, "sink": 90, "grid_start": 0},
     {"block_size": 48, "window": 96, "sink": 0, "grid_start": -7},
 ]
 
@@ -28,24 +29,34 @@ def random(device: str, *sizes: int) -> Tensor:
 
 
 def forward(head_dim: int, device: str) -> None:
-    from swba_kernels.hopper.forward import forward
+    from swba_kernels.hopper.forward import CONFIGS, forward
 
     q, k, v = (random(device, 2, heads, N, head_dim) for heads in (4, 2, 2))
     for pattern in PATTERNS:
-        for q_sink in (None, q) if pattern["sink"] else (None,):
-            forward(q, k, v, scale=0.1, q_sink=q_sink, **pattern)
+        if head_dim == 64 and not pattern["sink"]:
+            forward(q, k, v, scale=0.1, **pattern)  # small blocks have a kernel of their own
+        for config in CONFIGS[head_dim]:
+            forward(q, k, v, scale=0.1, config=(config, False), **pattern)
+            if pattern["sink"]:
+                forward(q, k, v, scale=0.1, q_sink=q, config=(config, False), **pattern)
+            if pattern["block_size"] >= 64 and config.groups != 3:
+                forward(q, k, v, scale=0.1, config=(config, True), **pattern)
 
 
 def prefill(head_dim: int, device: str) -> None:
-    from swba_kernels.hopper.forward import forward
+    from swba_kernels.hopper.forward import CONFIGS, forward
     from swba_kernels.portable.forward import Ring
 
     q, k, v = (random(device, 2, heads, N, head_dim) for heads in (4, 2, 2))
-    k_ring, v_ring = (random(device, 3, 2, 270 + 600, head_dim) for _ in range(2))
     filled, lanes = (torch.tensor(x, device=device) for x in ([123, 5000], [2, 0]))
-    pattern = {"block_size": 200, "window": 600, "sink": 270, "grid_start": 0}
-    for q_sink in (None, q):
-        forward(q, k, v, scale=0.1, ring=Ring(k_ring, v_ring, filled, lanes), q_sink=q_sink, **pattern)
+    for sink, of_row in ((0, None), (270, lanes)):
+        k_ring, v_ring = (random(device, 3, 2, sink + 600, head_dim) for _ in range(2))
+        pattern = {"block_size": 200, "window": 600, "sink": sink, "grid_start": 0}
+        for config in CONFIGS[head_dim]:
+            for q_sink in (None, q) if sink else (None,):
+                if config.groups != 4:
+                    ring = Ring(k_ring, v_ring, filled, of_row)
+                    forward(q, k, v, scale=0.1, ring=ring, q_sink=q_sink, config=(config, False), **pattern)
 
 
 def backward(head_dim: int, device: str) -> None:
@@ -68,9 +79,9 @@ def decode(head_dim: int, device: str) -> None:
     valid, lanes = (torch.tensor(x, device=device) for x in ([999, 130], [2, 0]))
     for config in CONFIGS[head_dim]:
         plans = lane_plans(config, 2, 150, 999, 3, 132)
-        for plan in (plans[0], plans[-1]):
+        for plan, of_row in ((plans[0], lanes), (plans[-1], None)):
             for q_sink, sink in ((None, 0), (q, 70)):
-                decode(q, k_ring, v_ring, valid, lanes, scale=0.1, q_sink=q_sink, sink=sink, plan=plan)
+                decode(q, k_ring, v_ring, valid, of_row, scale=0.1, q_sink=q_sink, sink=sink, plan=plan)
 
 
 CALLS: dict[str, Callable[[int, str], None]] = {
