@@ -12,7 +12,7 @@ from swba_infer.bench.clock import interleave
 from swba_infer.bench.gate import check, expect
 from swba_infer.bench.report import header, summary
 from swba_infer.bench.sensors import sensors
-from swba_infer.bench.shapes import SETS, Shape, _training, select
+from swba_infer.bench.shapes import SETS, Shape, _prefill, _training, select
 from swba_infer.cli import main
 from swba_infer.errors import ConfigError
 
@@ -24,6 +24,12 @@ PATTERNS = [
     _training(1, 2, 16, 48, 4, 9, kv_heads=1, sinks=1, tail=5),
     _training(1, 1, 16, 256, 2, 4, sinks=1),
 ]
+PREFILLS = [
+    _prefill(2, 2, 16, 100, 3, 1),
+    _prefill(1, 2, 16, 150, 2, 3, sinks=1),
+    _prefill(1, 4, 16, 48, 9, 4, kv_heads=2, sinks=2),
+    _prefill(1, 1, 16, 130, 2, 2),
+]
 
 
 def name_of(shape: Shape) -> str:
@@ -33,19 +39,35 @@ def name_of(shape: Shape) -> str:
 def test_names_of_shapes_differ() -> None:
     names = [shape.name for shape in {*SETS["all"], *SETS["odd"], *SETS["tiny"]}]
     assert len(names) == len(set(names))
-    assert len(SETS["all"]) == 12
+    assert len(SETS["all"]) == 20
     assert select("odd") == [*SETS["odd-training"], *SETS["odd-decode"]]
 
 
-@pytest.mark.parametrize("shape", PATTERNS, ids=name_of)
+def mask_of(shape: Shape) -> torch.Tensor:
+    """Return who sees whom, [N, keys], from the pattern of training or from the blocks of a prefill."""
+    if shape.kind == "training":
+        return shape.pattern.mask(shape.tokens)
+    mask = torch.zeros(shape.tokens, shape.keys, dtype=torch.bool)
+    for start, end, spans in shape.blocks_and_keys():
+        for low, high in spans:
+            mask[start:end, low:high] = True
+    return mask
+
+
+@pytest.mark.parametrize("shape", PATTERNS + PREFILLS, ids=name_of)
+def test_flops_count_each_pair_that_is_seen(shape) -> None:
+    assert shape.flops == 4 * shape.batch * shape.heads * shape.head_dim * int(mask_of(shape).sum())
+
+
+@pytest.mark.parametrize("shape", PATTERNS + PREFILLS, ids=name_of)
 def test_the_mask_of_flex_attention_is_the_pattern(shape) -> None:
     tile, n = 128, shape.tokens
     mask = peers.block_mask(shape, CPU, tile)
-    exact = shape.pattern.mask(n)
-    q, k = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    exact = mask_of(shape)
+    q, k = torch.meshgrid(torch.arange(n), torch.arange(shape.keys), indexing="ij")
     assert torch.equal(mask.mask_mod(0, 0, q, k), exact)
-    tiles = -(-n // tile)
-    for i in range(tiles):
+    tiles = -(-shape.keys // tile)
+    for i in range(-(-n // tile)):
         full = set(mask.full_kv_indices[0, 0, i, : mask.full_kv_num_blocks[0, 0, i]].tolist())
         partial = set(mask.kv_indices[0, 0, i, : mask.kv_num_blocks[0, 0, i]].tolist())
         assert not full & partial
@@ -66,6 +88,29 @@ def test_ours_and_the_loop_over_blocks_pass_the_gate(shape, name) -> None:
     errors = attention._gate(peers.make(name, shape, tensors), expected, tensors)
     assert set(errors) == {"out", "dq", "dk", "dv"}
     assert max(errors.values()) <= 1
+
+
+@pytest.mark.parametrize("shape", PREFILLS, ids=name_of)
+@pytest.mark.parametrize("name", ["swba", "loop-math"])
+def test_a_prefill_on_rings_and_the_loop_over_blocks_pass_the_gate(shape, name) -> None:
+    """Ours reads full rings that wrapped around; nobody reads the block in them that is older than the window."""
+    tensors = attention.make_tensors(shape, CPU)
+    expected = expect(shape, tensors)
+    assert attention._gate(peers.make(name, shape, tensors), expected, tensors)["out"] <= 1
+    tensors["k"][:, :, : shape.history] += 1
+    assert check(expected, {"out": peers.make(name, shape, tensors)(*(tensors[x] for x in "qkv"))})["out"] > 1
+
+
+def test_the_rings_of_a_prefill_are_full_and_wrapped() -> None:
+    shape = PREFILLS[2]
+    tensors = attention.make_tensors(shape, CPU)
+    (k_ring, v_ring), position = peers.full_rings(shape, tensors)
+    size, sink, window = shape.block_size, shape.pattern.sink, shape.pattern.window
+    assert k_ring.shape == v_ring.shape == (1, 2, sink + window, 16)
+    assert (position >= sink + window).all()
+    assert (position[0] - sink) % window % size > 0
+    assert int((k_ring == 0).all(-1).sum()) == 2 * size
+    assert torch.equal(k_ring[:, :, :sink], tensors["k"][:, :, :sink])
 
 
 def test_the_gate_sees_every_query_head_of_a_group() -> None:

@@ -183,7 +183,7 @@ def test_bench_attention_passes_its_gate_and_writes_json_and_plot(tmp_path, caps
         main(["bench", "attention", "--device", "cpu", "--shapes", "tiny", "--budget", "0.01", "--out", str(out)]) == 0
     )
     report = json.loads(out.read_text())
-    assert {row["pass"] for row in report["results"]} == {"forward", "backward", "decode"}
+    assert {row["pass"] for row in report["results"]} == {"forward", "backward", "prefill", "decode"}
     assert {"device", "versions", "command", "date", "method", "rulers"} <= report.keys()
     for row in report["results"]:
         assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]

@@ -1,7 +1,7 @@
 """Measure this project's attention beside its peers: same tensors, same process, gate first, A B B A.
 
 One run with `--shapes all` makes the tables of docs/benchmarks; `--shapes odd` measures what no kernel was tuned to.
-Forward and decode count 4 D FLOPs per visible pair and head, the backward 2.5 times the forward.
+Forward, prefill and decode count 4 D FLOPs per visible pair and head, the backward 2.5 times the forward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ METHOD = (
     "period, up to a second, so in short turns that of all variants); caches not flushed; CUDA graph replay, 20 calls "
     "a graph below 0.2 ms; a training variant that cannot be captured is called eagerly (replayed: false); the forward "
     "keeps what a backward needs; loop-*: a dense call per block; rings are full unless the shape says how far they "
-    "are filled"
+    "are filled; a prefill's peers get the keys that are seen in the order of time, not on a ring"
 )
 
 
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `swba-infer bench attention`."""
     parser.add_argument(
         "--shapes",
-        help="comma-separated: all, training, decode, odd, odd-training, odd-decode, tiny, or parts of shape names "
-        "(default: all on CUDA, else tiny)",
+        help="comma-separated: all, training, prefill, decode, odd, odd-training, odd-decode, tiny, or parts of shape "
+        "names (default: all on CUDA, else tiny)",
     )
     parser.add_argument("--peers", default="all", help="comma-separated variants, all, or none (default: %(default)s)")
     parser.add_argument(
@@ -111,9 +111,9 @@ def measure(
         functions[name] = function
     if not functions:
         return
-    if shape.kind == "decode":
+    if shape.kind != "training":
         makers = {name: partial(_forward, function, tensors, False) for name, function in functions.items()}
-        _time(report, shape, "decode", makers, errors, device, budget, shape.flops)
+        _time(report, shape, shape.kind, makers, errors, device, budget, shape.flops)
         return
     makers = {name: partial(_forward, function, tensors, True) for name, function in functions.items()}
     makers.pop("hopper-fast", None)  # its forward is that of "hopper"
@@ -227,7 +227,7 @@ def describe(error: Exception) -> str:
 
 def _wanted(ours: str, others: str, shape: Shape) -> list[str]:
     """Return the variants that the options name for a shape, ours first."""
-    every = set(peers.names("training") + peers.names("decode"))
+    every = {name for kind in ("training", "prefill", "decode") for name in peers.names(kind)}
     known = peers.names(shape.kind)
     chosen = _listed("ours", ours, set(OURS)) | _listed("peers", others, every - set(OURS))
     small = shape.tokens * shape.keys < 1 << 20

@@ -56,8 +56,8 @@ def _attention(shape: Shape, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         q, k, v = q[-1], k[: shape.visible], v[: shape.visible]
         return {"out": torch.softmax(q @ k.T * scale, dim=-1) @ v}
     out, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for start, end in shape.pattern.blocks(shape.tokens):
-        keys = torch.cat([torch.arange(*span, device=k.device) for span in shape.pattern.key_ranges(start, end)])
+    for start, end, spans in shape.blocks_and_keys():
+        keys = torch.cat([torch.arange(*span, device=k.device) for span in spans])
         p = torch.softmax(q[:, start:end] @ k[keys].T * scale, dim=-1)
         out[:, start:end] = p @ v[keys]
         if "dout" in x:

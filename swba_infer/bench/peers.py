@@ -36,14 +36,13 @@ class Unavailable(Exception):
 
 
 def names(kind: str) -> list[str]:
-    """Return the names of the variants for "training" or "decode", ours first."""
-    return list(_TRAINING if kind == "training" else _DECODE)
+    """Return the names of the variants for "training", "prefill" or "decode", ours first."""
+    return list(_TABLES[kind])
 
 
 def make(name: str, shape: Shape, tensors: Mapping[str, Tensor], impl: str = "auto") -> Forward:
     """Return variant `name` as a function of q, k, v; raise Unavailable with the reason if it cannot run here."""
-    table = _TRAINING if shape.kind == "training" else _DECODE
-    return table[name](shape, tensors, impl)
+    return _TABLES[shape.kind][name](shape, tensors, impl)
 
 
 class BlockLoop(torch.autograd.Function):
@@ -56,8 +55,7 @@ class BlockLoop(torch.autograd.Function):
     def forward(ctx: Any, dense: Forward, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)
         graph = []
-        for start, end in shape.pattern.blocks(shape.tokens):
-            spans = [(lo, hi) for lo, hi in shape.pattern.key_ranges(start, end) if lo < hi]
+        for start, end, spans in shape.blocks_and_keys():
             parts = [q[:, :, start:end], _pick(k, spans), _pick(v, spans)]
             if any(ctx.needs_input_grad):
                 parts = [part.detach().requires_grad_() for part in parts]
@@ -109,6 +107,34 @@ def _ours_training(
 def _call_ours(shape: Shape, impl: str, deterministic: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = swba_kernels.block_window_attention(q, k, v, shape.pattern, impl=impl, deterministic=deterministic)
     return cast(Tensor, out)
+
+
+def _ours_prefill(shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None) -> Forward:
+    if name:
+        _check_named(name, shape, tensors)
+    rings, position = full_rings(shape, tensors)
+    own, impl = slice(shape.history, None), name or impl
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k[:, :, own], v[:, :, own]
+        return cast(Tensor, swba_kernels.prefill_attention(q, k, v, shape.pattern, *rings, position, impl=impl))
+
+    return call
+
+
+def full_rings(shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return rings [B, Hkv, sink + window, D] of k and v that wrapped around in mid-block, and the position [B].
+
+    A block of each, the oldest, holds zeros: nobody sees it.
+    """
+    sink, window = shape.pattern.sink, shape.pattern.window
+    k, v = (tensors[name][:, :, : shape.history] for name in "kv")
+    k_ring, v_ring = (x.new_zeros(*x.shape[:2], sink + window, shape.head_dim) for x in (k, v))
+    start = torch.full((shape.batch,), 3 * window + sink + shape.block_size // 2, device=k.device)
+    if sink:
+        swba_kernels.ring_write(k_ring, v_ring, k[:, :, :sink], v[:, :, :sink], torch.zeros_like(start), sink=sink)
+    swba_kernels.ring_write(k_ring, v_ring, k[:, :, sink:], v[:, :, sink:], start, sink=sink)
+    return (k_ring, v_ring), start + window - shape.block_size
 
 
 def _ours_decode(shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None) -> Forward:
@@ -170,20 +196,22 @@ def _flex(shape: Shape, tensors: Mapping[str, Tensor], impl: str, backend: str |
 
 
 def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
-    """Build FlexAttention's mask of a training shape from its key ranges, without an N x N mask in memory."""
+    """Build FlexAttention's mask of training or prefill from its key ranges, without an N x N mask in memory."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    n, size, window, sink = shape.tokens, shape.block_size, shape.pattern.window, shape.pattern.sink
+    n, keys, past = shape.tokens, shape.keys, shape.history
+    size, window, sink = shape.block_size, shape.pattern.window, shape.pattern.sink
 
     def end(q: Tensor) -> Tensor:
-        return ((q // size + 1) * size).clamp(max=n)
+        return past + ((q // size + 1) * size).clamp(max=n)
 
-    first = torch.arange(0, n, tile, device=device)
-    last = (first + tile).clamp(max=n) - 1
-    end_first, end_last = end(first)[:, None], end(last)[:, None]
+    rows = torch.arange(0, n, tile, device=device)
+    first = torch.arange(0, keys, tile, device=device)
+    last_row = (rows + tile).clamp(max=n) - 1
+    end_first, end_last = end(rows)[:, None], end(last_row)[:, None]
     some = (first < end_last) & ((first + tile > end_first - window) | (first < sink))
     inside = (first >= end_last - window) | (first + tile <= sink)
-    full = (first + tile <= end_first) & inside & (first[:, None] + tile <= n)
+    full = (first + tile <= end_first) & inside & (rows[:, None] + tile <= n)
     partial_tiles, full_tiles = some & ~full, some & full
 
     def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,11 +222,13 @@ def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
         stop = (q // size + 1) * size
         if n % size:
             stop = torch.clamp(stop, max=n)
+        if past:
+            stop = past + stop
         in_window = (k < stop) & (k >= stop - window)
-        return in_window | (k < min(sink, n)) & (k < stop) if sink else in_window
+        return in_window | (k < min(sink, keys)) & (k < stop) if sink else in_window
 
     return BlockMask.from_kv_blocks(
-        *listed(partial_tiles), *listed(full_tiles), BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=(n, n)
+        *listed(partial_tiles), *listed(full_tiles), BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=(n, keys)
     )
 
 
@@ -229,6 +259,13 @@ _TRAINING: dict[str, Callable[..., Forward]] = {
     "loop-fa4": _loop(partial(_flash_attn, "flash_attn.cute")),
 }
 
+_PREFILL: dict[str, Callable[..., Forward]] = {
+    "swba": _ours_prefill,
+    "hopper": partial(_ours_prefill, name="hopper"),
+    "triton": partial(_ours_prefill, name="triton"),
+    **{name: make for name, make in _TRAINING.items() if name not in OURS},
+}
+
 _DECODE: dict[str, Callable[..., Forward]] = {
     "swba": _ours_decode,
     "hopper": partial(_ours_decode, name="hopper"),
@@ -240,3 +277,5 @@ _DECODE: dict[str, Callable[..., Forward]] = {
     "fa2": _dense(partial(_flash_attn, "flash_attn")),
     "fa4": _dense(partial(_flash_attn, "flash_attn.cute")),
 }
+
+_TABLES = {"training": _TRAINING, "prefill": _PREFILL, "decode": _DECODE}

@@ -88,7 +88,7 @@ def plot_attention(path: Path, report: Mapping[str, Any]) -> bool:
     from matplotlib import pyplot
 
     rows = report["results"]
-    passes = [name for name in ("forward", "backward", "decode") if any(row["pass"] == name for row in rows)]
+    passes = [name for name in ("forward", "backward", "prefill", "decode") if any(row["pass"] == name for row in rows)]
     if not passes:
         return False
     known = list(dict.fromkeys(row["variant"] for row in rows))  # a variant has one colour in all panels

@@ -6,6 +6,7 @@ B batch, H heads, D head dim; sizes in tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from swba_kernels.pattern import BlockWindow
@@ -15,10 +16,11 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One attention problem: `blocks` blocks of training, or one block of decode against a ring.
+    """One attention problem: `blocks` blocks of training or of prefill on a full ring, or one of decode against a ring.
 
     `name` is what `--shapes` takes; `window_blocks` counts the block itself; `kv_heads` 0 means `heads`; training ends
-    with a short block of `tail` tokens, if any; decode sees the first `filled` slots of its ring, 0 means all.
+    with a short block of `tail` tokens, if any; decode sees the first `filled` slots of its ring, 0 means all. Of a
+    prefill's history only what its blocks see is kept, in the order of time: the sinks, then a window less one block.
     """
 
     name: str
@@ -41,9 +43,14 @@ class Shape:
         return self.block_size * self.blocks + self.tail
 
     @property
+    def history(self) -> int:
+        """Key tokens before the first query."""
+        return self.pattern.sink + self.pattern.window - self.block_size if self.kind == "prefill" else 0
+
+    @property
     def keys(self) -> int:
-        """Key tokens: the whole sequence, or the slots of the ring."""
-        return self.tokens if self.kind == "training" else self.block_size * self.window_blocks
+        """Key tokens: the whole sequence, or the slots of the ring that is decoded against."""
+        return self.block_size * self.window_blocks if self.kind == "decode" else self.history + self.tokens
 
     @property
     def visible(self) -> int:
@@ -52,13 +59,27 @@ class Shape:
 
     @property
     def pattern(self) -> BlockWindow:
-        """The visible pairs of a training shape."""
+        """Who sees whom in training and prefill."""
         return BlockWindow.from_blocks(self.block_size, self.window_blocks, self.sink_blocks)
+
+    def blocks_and_keys(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+        """Yield each block [start, end) of queries of training or prefill, with the key ranges that it sees."""
+        for start, end in self.pattern.blocks(self.tokens):
+            if self.kind == "training":
+                spans = self.pattern.key_ranges(start, end)
+            else:
+                stop, sink = self.history + end, self.pattern.sink
+                spans = [(0, sink), (max(stop - self.pattern.window, sink), stop)]
+            yield start, end, [(low, high) for low, high in spans if low < high]
 
     @property
     def flops(self) -> int:
         """Forward FLOPs on exact visible pairs: 4 D per pair and head."""
-        pairs = self.pattern.pairs(self.tokens) if self.kind == "training" else self.block_size * self.visible
+        if self.kind == "decode":
+            pairs = self.block_size * self.visible
+        else:
+            seen = ((end - start, spans) for start, end, spans in self.blocks_and_keys())
+            pairs = sum(rows * sum(high - low for low, high in spans) for rows, spans in seen)
         return 4 * self.batch * self.heads * self.head_dim * pairs
 
 
@@ -79,6 +100,26 @@ def _training(
         kv_heads=kv_heads,
         sink_blocks=sinks,
         tail=tail,
+        dtype=dtype,
+    )
+
+
+def _prefill(
+    batch: int, heads: int, dim: int, bs: int, ws: int, blocks: int, dtype: str = "bfloat16",
+    *, kv_heads: int = 0, sinks: int = 0,
+) -> Shape:  # fmt: skip
+    grouped, first = f"kv{kv_heads}-" if kv_heads else "", f"s{sinks}-" if sinks else ""
+    return Shape(
+        name=f"prefill-b{batch}-h{heads}-{grouped}d{dim}-bs{bs}-ws{ws}-{first}n{bs * blocks}",
+        kind="prefill",
+        batch=batch,
+        heads=heads,
+        head_dim=dim,
+        block_size=bs,
+        window_blocks=ws,
+        blocks=blocks,
+        kv_heads=kv_heads,
+        sink_blocks=sinks,
         dtype=dtype,
     )
 
@@ -114,6 +155,17 @@ DECODE = (
     _decode(1, 16, 64, 64, 32),
     _decode(8, 16, 64, 256, 16),
     _decode(1, 16, 64, 144, 32),
+)
+
+PREFILL = (
+    _prefill(1, 12, 128, 1560, 6, 1),
+    _prefill(1, 12, 128, 1560, 6, 3, sinks=1),
+    _prefill(1, 12, 128, 4680, 7, 1),
+    _prefill(2, 16, 128, 512, 8, 2),
+    _prefill(1, 8, 128, 333, 9, 1),
+    _prefill(1, 12, 64, 256, 16, 4),
+    _prefill(1, 16, 64, 64, 32, 8),
+    _prefill(1, 10, 64, 333, 9, 4, kv_heads=5),
 )
 
 ODD_TRAINING = (
@@ -163,11 +215,13 @@ TINY = (
         dtype="float32",
     ),
     _training(1, 4, 32, 24, 3, 5, "float32", kv_heads=2, sinks=1, tail=7),
+    _prefill(2, 4, 32, 24, 3, 2, "float32", kv_heads=2, sinks=1),
 )
 
 SETS = {
-    "all": TRAINING + DECODE,
+    "all": TRAINING + DECODE + PREFILL,
     "training": TRAINING,
+    "prefill": PREFILL,
     "decode": DECODE,
     "odd": ODD_TRAINING + ODD_DECODE,
     "odd-training": ODD_TRAINING,
@@ -179,7 +233,7 @@ SETS = {
 def select(names: str) -> list[Shape]:
     """Return the shapes of a comma-separated list of set names and shape names (or unique parts of them)."""
     chosen: list[Shape] = []
-    known = [*TRAINING, *DECODE, *ODD_TRAINING, *ODD_DECODE, *TINY]
+    known = [*TRAINING, *DECODE, *PREFILL, *ODD_TRAINING, *ODD_DECODE, *TINY]
     for name in names.split(","):
         found = list(SETS.get(name, ())) or [shape for shape in known if name and name in shape.name]
         if not found:
