@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from swba_kernels.pattern import BlockWindow
 
@@ -83,14 +84,15 @@ class Shape:
         return 4 * self.batch * self.heads * self.head_dim * pairs
 
 
-def _training(
-    batch: int, heads: int, dim: int, bs: int, ws: int, blocks: int, dtype: str = "bfloat16",
+def _blocks(
+    kind: str, batch: int, heads: int, dim: int, bs: int, ws: int, blocks: int, dtype: str = "bfloat16",
     *, kv_heads: int = 0, sinks: int = 0, tail: int = 0,
 ) -> Shape:  # fmt: skip
     grouped, first = f"kv{kv_heads}-" if kv_heads else "", f"s{sinks}-" if sinks else ""
+    sizes = f"b{batch}-h{heads}-{grouped}d{dim}-bs{bs}-ws{ws}-{first}n{bs * blocks + tail}"
     return Shape(
-        name=f"train-b{batch}-h{heads}-{grouped}d{dim}-bs{bs}-ws{ws}-{first}n{bs * blocks + tail}",
-        kind="training",
+        name=f"{'train' if kind == 'training' else kind}-{sizes}",
+        kind=kind,
         batch=batch,
         heads=heads,
         head_dim=dim,
@@ -104,24 +106,8 @@ def _training(
     )
 
 
-def _prefill(
-    batch: int, heads: int, dim: int, bs: int, ws: int, blocks: int, dtype: str = "bfloat16",
-    *, kv_heads: int = 0, sinks: int = 0,
-) -> Shape:  # fmt: skip
-    grouped, first = f"kv{kv_heads}-" if kv_heads else "", f"s{sinks}-" if sinks else ""
-    return Shape(
-        name=f"prefill-b{batch}-h{heads}-{grouped}d{dim}-bs{bs}-ws{ws}-{first}n{bs * blocks}",
-        kind="prefill",
-        batch=batch,
-        heads=heads,
-        head_dim=dim,
-        block_size=bs,
-        window_blocks=ws,
-        blocks=blocks,
-        kv_heads=kv_heads,
-        sink_blocks=sinks,
-        dtype=dtype,
-    )
+_training = partial(_blocks, "training")
+_prefill = partial(_blocks, "prefill")
 
 
 def _decode(batch: int, heads: int, dim: int, bs: int, ws: int, *, kv_heads: int = 0, filled: int = 0) -> Shape:
