@@ -44,14 +44,17 @@ def test_names_of_shapes_differ() -> None:
 
 
 def mask_of(shape: Shape) -> torch.Tensor:
-    """Return who sees whom, [N, keys], from the pattern of training or from the blocks of a prefill."""
-    if shape.kind == "training":
-        return shape.pattern.mask(shape.tokens)
+    """Return who sees whom, [N, keys]."""
+    return shape.pattern.mask(shape.keys)[shape.history :]
+
+
+@pytest.mark.parametrize("shape", PATTERNS + PREFILLS, ids=name_of)
+def test_blocks_and_the_keys_that_they_see(shape) -> None:
     mask = torch.zeros(shape.tokens, shape.keys, dtype=torch.bool)
     for start, end, spans in shape.blocks_and_keys():
         for low, high in spans:
             mask[start:end, low:high] = True
-    return mask
+    assert torch.equal(mask, mask_of(shape))
 
 
 @pytest.mark.parametrize("shape", PATTERNS + PREFILLS, ids=name_of)

@@ -96,12 +96,18 @@ def _check_named(impl: str, shape: Shape, tensors: Mapping[str, Tensor]) -> None
         raise Unavailable(str(error)) from error
 
 
-def _ours_training(
-    shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None, deterministic: bool = True
-) -> Forward:
-    if name:
+def _named(make_ours: Callable[..., Forward], name: str) -> Callable[..., Forward]:
+    """Return what makes one of ours with the implementation `name`, whatever `--impl` says."""
+
+    def make_named(shape: Shape, tensors: Mapping[str, Tensor], impl: str) -> Forward:
         _check_named(name, shape, tensors)
-    return partial(_call_ours, shape, name or impl, deterministic)
+        return make_ours(shape, tensors, name)
+
+    return make_named
+
+
+def _ours_training(shape: Shape, tensors: Mapping[str, Tensor], impl: str, deterministic: bool = True) -> Forward:
+    return partial(_call_ours, shape, impl, deterministic)
 
 
 def _call_ours(shape: Shape, impl: str, deterministic: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,11 +115,9 @@ def _call_ours(shape: Shape, impl: str, deterministic: bool, q: Tensor, k: Tenso
     return cast(Tensor, out)
 
 
-def _ours_prefill(shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None) -> Forward:
-    if name:
-        _check_named(name, shape, tensors)
+def _ours_prefill(shape: Shape, tensors: Mapping[str, Tensor], impl: str) -> Forward:
     rings, position = full_rings(shape, tensors)
-    own, impl = slice(shape.history, None), name or impl
+    own = slice(shape.history, None)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k[:, :, own], v[:, :, own]
@@ -137,10 +141,8 @@ def full_rings(shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[tuple[Tenso
     return (k_ring, v_ring), start + window - shape.block_size
 
 
-def _ours_decode(shape: Shape, tensors: Mapping[str, Tensor], impl: str, name: str | None = None) -> Forward:
-    if name:
-        _check_named(name, shape, tensors)
-    q, impl = tensors["q"], name or impl
+def _ours_decode(shape: Shape, tensors: Mapping[str, Tensor], impl: str) -> Forward:
+    q = tensors["q"]
     valid = torch.full((q.shape[0],), shape.visible, dtype=torch.int64, device=q.device)
     return lambda q, k, v: cast(Tensor, swba_kernels.window_decode_attention(q, k, v, valid, impl=impl))
 
@@ -199,14 +201,13 @@ def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
     """Build FlexAttention's mask of training or prefill from its key ranges, without an N x N mask in memory."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    n, keys, past = shape.tokens, shape.keys, shape.history
-    size, window, sink = shape.block_size, shape.pattern.window, shape.pattern.sink
+    past, n, size, window, sink = shape.history, shape.keys, shape.block_size, shape.pattern.window, shape.pattern.sink
 
     def end(q: Tensor) -> Tensor:
-        return past + ((q // size + 1) * size).clamp(max=n)
+        return ((q // size + 1) * size).clamp(max=n)
 
-    rows = torch.arange(0, n, tile, device=device)
-    first = torch.arange(0, keys, tile, device=device)
+    first = torch.arange(0, n, tile, device=device)
+    rows = torch.arange(past, n, tile, device=device)
     last_row = (rows + tile).clamp(max=n) - 1
     end_first, end_last = end(rows)[:, None], end(last_row)[:, None]
     some = (first < end_last) & ((first + tile > end_first - window) | (first < sink))
@@ -219,16 +220,16 @@ def block_mask(shape: Shape, device: torch.device, tile: int = 128) -> Any:
         return tiles.sum(-1).int()[None, None], order.int()[None, None]
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if past:
+            q = q + past
         stop = (q // size + 1) * size
         if n % size:
             stop = torch.clamp(stop, max=n)
-        if past:
-            stop = past + stop
         in_window = (k < stop) & (k >= stop - window)
-        return in_window | (k < min(sink, keys)) & (k < stop) if sink else in_window
+        return in_window | (k < min(sink, n)) & (k < stop) if sink else in_window
 
     return BlockMask.from_kv_blocks(
-        *listed(partial_tiles), *listed(full_tiles), BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=(n, keys)
+        *listed(partial_tiles), *listed(full_tiles), BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=(shape.tokens, n)
     )
 
 
@@ -247,9 +248,9 @@ OURS = ("swba", "hopper", "hopper-fast", "triton")
 
 _TRAINING: dict[str, Callable[..., Forward]] = {
     "swba": _ours_training,
-    "hopper": partial(_ours_training, name="hopper"),
-    "hopper-fast": partial(_ours_training, name="hopper", deterministic=False),
-    "triton": partial(_ours_training, name="triton"),
+    "hopper": _named(_ours_training, "hopper"),
+    "hopper-fast": _named(partial(_ours_training, deterministic=False), "hopper"),
+    "triton": _named(_ours_training, "triton"),
     "flex": _flex,
     "flex-fa4": partial(_flex, backend="FLASH"),
     "loop-cudnn": _loop(partial(_sdpa, "cudnn")),
@@ -261,15 +262,15 @@ _TRAINING: dict[str, Callable[..., Forward]] = {
 
 _PREFILL: dict[str, Callable[..., Forward]] = {
     "swba": _ours_prefill,
-    "hopper": partial(_ours_prefill, name="hopper"),
-    "triton": partial(_ours_prefill, name="triton"),
+    "hopper": _named(_ours_prefill, "hopper"),
+    "triton": _named(_ours_prefill, "triton"),
     **{name: make for name, make in _TRAINING.items() if name not in OURS},
 }
 
 _DECODE: dict[str, Callable[..., Forward]] = {
     "swba": _ours_decode,
-    "hopper": partial(_ours_decode, name="hopper"),
-    "triton": partial(_ours_decode, name="triton"),
+    "hopper": _named(_ours_decode, "hopper"),
+    "triton": _named(_ours_decode, "triton"),
     "sdpa-cudnn": _dense(partial(_sdpa, "cudnn")),
     "sdpa-flash": _dense(partial(_sdpa, "flash")),
     "sdpa-efficient": _dense(partial(_sdpa, "efficient")),

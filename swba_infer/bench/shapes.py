@@ -20,8 +20,8 @@ class Shape:
     """One attention problem: `blocks` blocks of training or of prefill on a full ring, or one of decode against a ring.
 
     `name` is what `--shapes` takes; `window_blocks` counts the block itself; `kv_heads` 0 means `heads`; training ends
-    with a short block of `tail` tokens, if any; decode sees the first `filled` slots of its ring, 0 means all. Of a
-    prefill's history only what its blocks see is kept, in the order of time: the sinks, then a window less one block.
+    with a short block of `tail` tokens, if any; decode sees the first `filled` slots of its ring, 0 means all. Prefill
+    is the last blocks of a sequence, of whose history only what they see is kept: sinks, then a window less a block.
     """
 
     name: str
@@ -65,13 +65,11 @@ class Shape:
 
     def blocks_and_keys(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
         """Yield each block [start, end) of queries of training or prefill, with the key ranges that it sees."""
-        for start, end in self.pattern.blocks(self.tokens):
-            if self.kind == "training":
+        past = self.history
+        for start, end in self.pattern.blocks(self.keys):
+            if start >= past:
                 spans = self.pattern.key_ranges(start, end)
-            else:
-                stop, sink = self.history + end, self.pattern.sink
-                spans = [(0, sink), (max(stop - self.pattern.window, sink), stop)]
-            yield start, end, [(low, high) for low, high in spans if low < high]
+                yield start - past, end - past, [(low, high) for low, high in spans if low < high]
 
     @property
     def flops(self) -> int:
@@ -79,8 +77,7 @@ class Shape:
         if self.kind == "decode":
             pairs = self.block_size * self.visible
         else:
-            seen = ((end - start, spans) for start, end, spans in self.blocks_and_keys())
-            pairs = sum(rows * sum(high - low for low, high in spans) for rows, spans in seen)
+            pairs = self.pattern.pairs(self.keys) - self.pattern.pairs(self.history)
         return 4 * self.batch * self.heads * self.head_dim * pairs
 
 
