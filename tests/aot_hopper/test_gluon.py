@@ -15,6 +15,7 @@ from hopper_launches import cut_decode, empty, prefill, rows, straddle, stream, 
 
 from swba_infer.bench.shapes import SETS, Shape
 from swba_kernels.hopper.decode_plan import CONFIGS, Config
+from swba_kernels.hopper.forward_cut import Cut
 from swba_kernels.hopper.starts import START
 from swba_kernels.hopper.supports import build_obstacle
 
@@ -25,7 +26,7 @@ HARDWARE_BARRIER = re.compile(r"\b(?:bar|barrier)\.(?:cta\.)?(?:sync|arrive)(?:\
 
 SHARED = 228 * 1024  # bytes that the CTAs of a multiprocessor share
 
-NO_MATMUL = {"combine", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
+NO_MATMUL = {"combine", "combine_cut", "row_terms_kernel", "start_turns_kernel", "cast_kernel"}
 
 # Bytes a thread may spill, by Triton version and kernel: what was found when they were recorded. None elsewhere.
 # "q_sink" is for calls with queries of their own for the sinks, "prefill" for a ring, "straddling" for tiles that
@@ -172,9 +173,12 @@ def test_every_configuration_of_the_decode(head_dim: int, config: Config, sink: 
 
 @pytest.mark.parametrize(("head_dim", "block_size", "sink", "lanes"), PREFILLS)
 def test_prefill_kernels(head_dim: int, block_size: int, sink: int, lanes: bool) -> None:
-    launches = compile_launches(lambda: prefill(head_dim, block_size, sink, rows(2) if lanes else None))
-    assert [name for name, _ in launches] == ["_forward"]
-    check(launches, " prefill")
+    for cut in (Cut(24, 0, 1), Cut(4, 20, 3)):
+        launches = compile_launches(
+            lambda cut=cut: prefill(head_dim, block_size, sink, rows(2) if lanes else None, cut=cut)
+        )
+        assert [name for name, _ in launches] == ["_forward", "combine_cut"][: 2 if cut.cut else 1]
+        check(launches, " prefill")
     if sink:
         launches = compile_launches(lambda: prefill(head_dim, block_size, sink, rows(2) if lanes else None, True))
         check(launches, " q_sink")

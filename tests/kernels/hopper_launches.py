@@ -9,6 +9,7 @@ import torch
 
 from swba_infer.bench.shapes import Shape
 from swba_kernels.hopper.decode_plan import Config
+from swba_kernels.hopper.forward_cut import Cut
 
 
 def empty(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +63,9 @@ def stream(shape: Shape, lanes: torch.Tensor | None = None, sink: int = 0) -> No
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
 
 
-def prefill(head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | None, apart: bool = False) -> None:
+def prefill(
+    head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | None, apart: bool = False, cut: Cut | None = None
+) -> None:
     from swba_kernels.hopper.forward import forward
     from swba_kernels.portable.forward import Ring
 
@@ -71,7 +74,7 @@ def prefill(head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | Non
     ring = torch.empty(3, 4, sink + 4 * block_size, head_dim, dtype=torch.bfloat16, device="meta")
     options = {"block_size": block_size, "window": 4 * block_size, "sink": sink, "grid_start": 0}
     q_sink = torch.empty_like(q) if apart else None
-    forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(2), lanes), q_sink=q_sink, **options)
+    forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(2), lanes), q_sink=q_sink, cut=cut, **options)
 
 
 def cut_decode(head_dim: int, config: Config, sink: int) -> None:

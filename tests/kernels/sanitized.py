@@ -45,6 +45,7 @@ def forward(head_dim: int, device: str) -> None:
 
 def prefill(head_dim: int, device: str) -> None:
     from swba_kernels.hopper.forward import CONFIGS, forward
+    from swba_kernels.hopper.forward_cut import Cut
     from swba_kernels.portable.forward import Ring
 
     q, k, v = (random(device, 2, heads, N, head_dim) for heads in (4, 2, 2))
@@ -53,10 +54,14 @@ def prefill(head_dim: int, device: str) -> None:
         k_ring, v_ring = (random(device, 3, 2, sink + 600, head_dim) for _ in range(2))
         pattern = {"block_size": 200, "window": 600, "sink": sink, "grid_start": 0}
         for config in CONFIGS[head_dim]:
-            for q_sink in (None, q) if sink else (None,):
-                if config.groups != 4:
-                    ring = Ring(k_ring, v_ring, filled, of_row)
-                    forward(q, k, v, scale=0.1, ring=ring, q_sink=q_sink, config=(config, False), **pattern)
+            if config.groups == 4:
+                continue
+            options = {"ring": Ring(k_ring, v_ring, filled, of_row), "config": (config, False), **pattern}
+            items = 4 * (-(-200 // (config.groups * 64)) + -(-133 // (config.groups * 64)))  # of a row
+            for cut in (Cut(items, 0, 1), Cut(2, items - 2, 9)):
+                forward(q, k, v, scale=0.1, cut=cut, **options)
+            if sink:
+                forward(q, k, v, scale=0.1, q_sink=q, **options)
 
 
 def backward(head_dim: int, device: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from forward_calls import call, equal_rows, ring_of
 from kernel_cases import Case, qkv, ring_case
 from tolerance import assert_close, assert_lse_close
 from torch import Tensor
@@ -51,15 +52,6 @@ PATTERNS = [
 
 
 SMALL = BlockWindow(48, 200, 0, 7)
-
-
-def call(q: Tensor, k: Tensor, v: Tensor, pattern: BlockWindow, scale: float | None = None, **options):
-    from swba_kernels.hopper.forward import forward
-
-    return forward(
-        q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale, block_size=pattern.block_size,
-        window=pattern.window, sink=pattern.sink, grid_start=pattern.grid_start, **options,
-    )  # fmt: skip
 
 
 def check(
@@ -179,12 +171,6 @@ def test_adversarial_scores(pattern, head_dim, dtype) -> None:
     check(q.abs(), rising.flip(2), v, pattern, configs=configs)
 
 
-def equal_rows(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: slice) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert torch.isfinite(x[:, :, rows]).all()
-        assert torch.equal(x[:, :, rows], y[:, :, rows])
-
-
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block", [3, 60, 64, 100, 128, 200, 333, 1000])
 def test_keys_that_no_row_sees_do_not_matter(block, head_dim) -> None:
@@ -281,16 +267,6 @@ def test_a_graph_hands_out_its_items_anew_at_every_replay(head_dim) -> None:
                 x.fill_(float("nan"))
             graph.replay()
             equal_rows(captured, expected, slice(None))
-
-
-def ring_of(pattern: BlockWindow, positions: list[int], kv_heads: int, head_dim: int, dtype, spare: int):
-    """Return rings [L, Hkv, S, D] whose lanes have seen that many tokens; what was never written is NaN."""
-    slots = pattern.sink + pattern.window + spare
-    rings = torch.full((2, len(positions), kv_heads, slots, head_dim), math.nan, device="cuda", dtype=dtype)
-    for lane, position in enumerate(positions):
-        _, filled = reference.ring_layout(position, slots, pattern.sink)
-        rings[:, lane, :, filled] = torch.randn(2, kv_heads, len(filled), head_dim, device="cuda", dtype=dtype)
-    return rings
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

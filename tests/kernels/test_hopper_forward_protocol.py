@@ -1,9 +1,10 @@
 """How producer and consumers of the Hopper forward cooperate: run on the CPU, under random schedules.
 
 The kernel's own source runs (`gluon_emulator.py`) on small random calls: on top of a ring or not, with sinks, with
-queries of their own for them, in tiles that straddle blocks. Each row must come out made of the very keys that it sees,
-each once and with its value, and the protocol must hold: no deadlock, no race, no phase of a barrier taken for another
-one. That these tests see what they look for is shown by kernels with mistakes in them.
+queries of their own for them, in tiles that straddle blocks, cut along the keys. Each row, its parts put together, must
+come out made of the very keys that it sees, each once and with its value, and the protocol must hold: no deadlock, no
+race, no phase of a barrier taken for another one. That these tests see what they look for is shown by kernels with
+mistakes in them.
 
 B batch, H query heads, N tokens, L ring lanes, S ring slots.
 """
@@ -11,6 +12,7 @@ B batch, H query heads, N tokens, L ring lanes, S ring slots.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from types import CodeType, SimpleNamespace
 
@@ -23,12 +25,14 @@ from swba_kernels import BlockWindow
 
 pytest.importorskip("triton.experimental.gluon")
 
-from swba_kernels.hopper.forward_plan import plan_forward
+from swba_kernels.hopper.forward_cut import Parts, item_of_cut
+from swba_kernels.hopper.forward_plan import place_of, plan_forward, rows_of
 
 MODULES = ("compat", "pipeline", "notes", "starts", "forward_plan")
-PERSISTENT = (*MODULES, "forward_shared", "forward_producer", "forward_consumer", "forward")
+OF_FORWARD = ("shared", "cut", "producer", "keep", "consumer")
+PERSISTENT = (*MODULES, *(f"forward_{name}" for name in OF_FORWARD), "forward")
 SMALL = (*MODULES, "small", "forward_small")
-OUT, LSE = 10**6, 10**9  # addresses
+OUT, LSE, PART, PART_LSE = 10**6, 10**9, 2 * 10**9, 3 * 10**9  # addresses
 
 
 def modules_of(kind: str, changes: dict[str, tuple[str, str]]) -> list[CodeType]:
@@ -38,7 +42,9 @@ def modules_of(kind: str, changes: dict[str, tuple[str, str]]) -> list[CodeType]
 class Call:
     """A random small call of the forward, by one of the kernel's shapes, or by the kernel for small blocks."""
 
-    def __init__(self, seed: int, ring: bool, q_sink: bool, straddle: bool, small: bool = False) -> None:
+    def __init__(
+        self, seed: int, ring: bool, q_sink: bool, straddle: bool, small: bool = False, cut: bool = False
+    ) -> None:
         draw = random.Random(seed)
         self.head_dim, self.groups, self.columns, self.stages = draw.choice(
             [(128, 2, 128, 2), (64, 3, 128, 2), (64, 2, 128, 3)] + [(64, 4, 64, 3)] * (not ring)
@@ -60,6 +66,14 @@ class Call:
         positions = [0, sink, draw.randint(0, self.slots), draw.randint(0, 3 * self.slots)]
         self.positions = [draw.choice(positions) if ring else 0 for _ in range(self.batch)]
         self.lanes = draw.sample(range(3), self.batch) if draw.random() < 0.5 else None
+        weighed = (0, 0) if self.ring else (self.window, self.sink)
+        self.plan = plan_forward(
+            n, block, *weighed, self.pattern.grid_start, self.groups * 64, self.straddle
+        )  # fmt: skip
+        items = self.heads * self.plan.tiles
+        whole = draw.choice([0, draw.randint(0, items - 1)])
+        parts = Parts(self.batch * whole, whole, items - whole, draw.randint(2, 6), PART, PART_LSE)
+        self.parts = parts if cut else None
 
     def run(self, machine: Machine) -> None:
         machine.names |= stand_ins(machine)
@@ -78,35 +92,60 @@ class Call:
                 num_warps=4, **{name: Array(x) for name, x in sizes.items()},
             )  # fmt: skip
             return
-        weighed = (0, 0) if self.ring else (self.window, self.sink)
-        plan = plan_forward(self.n, self.pattern.block_size, *weighed, start, self.groups * 64, self.straddle)
+        plan, parts = self.plan, self.parts or Parts(*[None] * 6)
         items = self.batch * self.heads * plan.tiles
+        if self.parts:
+            items = parts.whole_items + self.batch * parts.cut * parts.each
         of_batch = self.batch * self.heads
         sizes |= {
             "p_out": OUT, "p_position": 1, "p_lanes": 1 + self.batch,
             "s_ob": self.heads * self.n * self.head_dim, "s_oh": self.n * self.head_dim, "s_on": self.head_dim,
             "sink": self.sink, "ring_window": self.slots - self.sink, "heavy_items": of_batch * plan.heavy,
             "group_items": of_batch * plan.per_block, **plan._asdict(), "items": items,
+            **(parts._asdict() if self.parts else {}),
         }  # fmt: skip
         machine.run(
             "_forward", min(self.resident, items), self.resident, [0, *self.positions, *(self.lanes or [])],
-            **tensors, **{name: Array(x) for name, x in sizes.items()}, scale2=1.0, p_ticket=0,
+            **{**parts._asdict(), **tensors, **{name: Array(x) for name, x in sizes.items()}}, scale2=1.0, p_ticket=0,
             GROUPS=self.groups, COLUMNS=self.columns, D=self.head_dim, STAGES=self.stages, Q_STAGES=2, REGISTERS=0,
             TURNS=self.turns, SINKS=self.sink > 0, RING=self.ring, LANES=self.lanes is not None, Q_SINK=self.apart,
-            STRADDLE=self.straddle,
+            STRADDLE=self.straddle, CUT=self.parts is not None,
         )  # fmt: skip
 
-    def rows(self, machine: Machine) -> Iterator[tuple[tuple[int, int, int], Tile]]:
-        """Yield ((row of the batch, head, row), what it is made of) of all rows of out as they were stored."""
+    def rows(self, machine: Machine) -> Iterator[tuple[tuple[int, int, int], list[Tile]]]:
+        """Yield ((row of the batch, head, row), parts that it is made of) of all rows of out as they were stored."""
         for (name, b, h, row, _), cell in machine.memory.items():
             assert name == "out"
             for i in range(row, min(row + 64, self.n)):
-                yield (b, h, i), cell.content[0]
+                yield (b, h, i), cell.content
         for addresses, x in machine.stored:
-            if isinstance(x, Tile):
+            if isinstance(x, Tile) and addresses.max() < PART:
                 for at in set(((addresses - OUT) // self.head_dim).tolist()):
                     b, rest = divmod(at, self.heads * self.n)
-                    yield (b, *divmod(rest, self.n)), x
+                    yield (b, *divmod(rest, self.n)), [x]
+        if self.parts:
+            yield from self.rows_of_parts(machine)
+
+    def rows_of_parts(self, machine: Machine) -> Iterator[tuple[tuple[int, int, int], list[Tile]]]:
+        """Yield as `rows` those of items that are cut, of which each part was stored once, or told to have no keys."""
+        made, lse, plan, parts = {}, {}, self.plan, self.parts
+        for addresses, x in machine.stored:
+            found, base, size = (made, PART, 64 * self.head_dim) if isinstance(x, Tile) else (lse, PART_LSE, 64)
+            if addresses.max() >= base:
+                unit = (int(addresses.min()) - base) // size
+                assert unit not in found
+                found[unit] = x
+        assert made.keys() == {unit for unit, x in lse.items() if x[0] == 0}
+        of_batch = self.batch * self.heads
+        sizes = (of_batch * plan.heavy, of_batch * plan.per_block, *plan)
+        for at in range(self.batch * parts.cut):
+            head, block, tile = place_of.fn(item_of_cut.fn(at, parts.whole, parts.cut), *sizes)
+            grid = (self.n, self.pattern.block_size, self.pattern.grid_start, self.groups * 64)
+            first, end = rows_of.fn(block, tile, *grid)
+            for row in range(first, min(first + self.groups * 64, end)):
+                units = [(at * parts.each + i) * self.groups + (row - first) // 64 for i in range(parts.each)]
+                assert lse.keys() >= set(units)
+                yield (*divmod(head, self.heads), row), [made[x] for x in units if x in made]
 
     def expected(self, b: int, row: int) -> dict[tuple, int]:
         """Return what `keys_of` a row should."""
@@ -129,19 +168,23 @@ class Call:
         for at, made in rows:
             b, h, row = at
             lanes = {"k": b, "ring_k": self.lanes[b] if self.lanes else b}
-            seen = keys_of(made, (b, h, row), {x: (lane, h // self.group) for x, lane in lanes.items()}, self.columns)
+            homes = {x: (lane, h // self.group) for x, lane in lanes.items()}
+            seen = sum((Counter(keys_of(x, at, homes, self.columns)) for x in made), Counter())
             assert seen == self.expected(b, row), at
         lse = [x for addresses, value in machine.stored if not isinstance(value, Tile) for x in addresses.tolist()]
-        assert sorted(lse) == list(range(LSE, LSE + len(rows)))
+        cut = dict(self.rows_of_parts(machine)) if self.parts else ()
+        whole = [(b * self.heads + h) * self.n + row for (b, h, row), _ in rows if (b, h, row) not in cut]
+        assert sorted(x - LSE for x in lse if x < PART) == sorted(whole)
 
 
-KINDS = {  # ring, q_sink, straddle, small
+KINDS = {  # ring, q_sink, straddle, small, cut
     "whole blocks": (False, False, False),
     "sinks apart": (False, True, False),
     "straddling": (False, False, True),
     "on a ring": (True, False, False),
     "on a ring, sinks apart": (True, True, False),
     "small blocks": (False, False, False, True),
+    "on a ring, cut": (True, False, False, False, True),
 }
 
 
@@ -156,6 +199,7 @@ def test_under_any_schedule_every_row_is_made_of_the_keys_that_it_sees(kind) -> 
 
 
 CONSUMER, PRODUCER, KERNEL, PLAN = "forward_consumer", "forward_producer", "forward", "forward_plan"
+CUT, KEEP = "forward_cut", "forward_keep"
 BLOCKS, SHARED = "forward_small", "small"
 MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) text)
     "keys are not waited for": ("whole blocks", "race: _issue_scores", CONSUMER, (
@@ -206,16 +250,16 @@ MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) te
         "        mbarrier.arrive(bars.k_empty",
     )),
     "the last start is not taken": ("whole blocks", "ends before", CONSUMER, ("    close_starts(TURNS, GROUP)\n", "")),
-    "rows are overwritten while they are sent": ("whole blocks", "race: _write", CONSUMER, (
+    "rows are overwritten while they are sent": ("whole blocks", "race: _write", KEEP, (
         "        tma.store_wait(0)\n        smem.store", "        smem.store",
     )),
-    "rows are sent without a fence": ("whole blocks", "no fence", CONSUMER, (
+    "rows are sent without a fence": ("whole blocks", "no fence", KEEP, (
         "        smem.store(out)\n        fence_async_shared()", "        smem.store(out)",
     )),
     "a program ends while its rows are sent": ("whole blocks", "ends before", CONSUMER, (
         "    close_starts(TURNS, GROUP)\n    tma.store_wait(0)", "    close_starts(TURNS, GROUP)",
     )),
-    "rows of the next block are written": ("whole blocks", "assert", CONSUMER, (
+    "rows of the next block are written": ("whole blocks", "assert", KEEP, (
         "if (row + 64 <= end) | (end == call.n):", "if row >= 0:",
     )),
     "one key too many is hidden": ("whole blocks", "assert", CONSUMER, ("(column >= hidden)", "(column > hidden)")),
@@ -246,6 +290,21 @@ MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) te
     )),
     "small: keys of two tiles count twice": ("small blocks", "assert", BLOCKS, (
         "(key < stop_of(j, end, BN))", "(key < end)",
+    )),
+    "a part reads a tile of the next one": ("on a ring, cut", "assert", CUT, (
+        "last = min(max(high - before, 0), tiles)", "last = min(max(high - before + 1, 0), tiles)",
+    )),
+    "a part goes to the place of another": ("on a ring, cut", "assert", PRODUCER, (
+        "unit = (at - parts.whole_items) * GROUPS", "unit = (at - parts.whole_items)",
+    )),
+    "of a part without keys nobody tells": ("on a ring, cut", "assert", PRODUCER, (
+        "for g in gl.static_range(GROUPS):\n            gl.store", "for g in gl.static_range(0):\n            gl.store",
+    )),
+    "an item that is cut is written whole": ("on a ring, cut", "assert|race", KEEP, (
+        "item.unit > 0", "item.unit > 10**6",
+    )),
+    "the first segment has no keys": ("on a ring, cut", "assert|race|phase|deadlock", CUT, (
+        "if own == 0:", "if False:",
     )),
     "another lane is read": ("on a ring", "elsewhere", PRODUCER, (
         "lane = gl.load(call.p_lanes + i_b)", "lane = (i_b + 1)",

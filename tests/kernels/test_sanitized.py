@@ -34,8 +34,10 @@ def test_forward_in_every_form(head_dim) -> None:
     plain = {(x, sinks, q_sink, False) for x in groups for sinks, q_sink in ((0, 0), (1, 0), (1, 1))}
     straddling = {(x, sinks, 0, True) for x in groups - {3} for sinks in (0, 1)}
     assert forms("forward", head_dim, "_forward", "GROUPS", "SINKS", "Q_SINK", "STRADDLE") == plain | straddling
-    on_rings = {(x, sinks, q_sink, sinks) for x in groups - {4} for sinks, q_sink in ((0, 0), (1, 0), (1, 1))}
-    assert forms("prefill", head_dim, "_forward", "GROUPS", "SINKS", "Q_SINK", "LANES") == on_rings
+    kinds = ((0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1), (1, 1, 0))
+    on_rings = {(x, sinks, q_sink, sinks, cut) for x in groups - {4} for sinks, q_sink, cut in kinds}
+    assert forms("prefill", head_dim, "_forward", "GROUPS", "SINKS", "Q_SINK", "LANES", "CUT") == on_rings
+    assert forms("prefill", head_dim, "combine_cut", "GROUPS") == {(x,) for x in groups - {4}}
     assert {name for name, _ in launches("forward", head_dim)} >= ({"forward_small"} if head_dim == 64 else set())
 
 

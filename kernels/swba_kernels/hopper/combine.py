@@ -21,27 +21,20 @@ def rows_of_program(head_dim: int) -> int:
     return 1024 // head_dim
 
 
-@own_assembler
-@gluon.jit(do_not_specialize=["heads", "n", "stride_ob", "stride_oh", "stride_on"])
-def combine(
-    p_part, p_part_lse, p_out, p_lse, p_merges, heads, n, stride_ob, stride_oh, stride_on,
-    D: gl.constexpr, ROWS: gl.constexpr, AT_ONCE: gl.constexpr, num_warps: gl.constexpr,
+@gluon.jit
+def add_up(
+    p_part, p_part_lse, p_out, p_lse, i_b, i_h, first, end, unit, step, parts, heads, n,
+    stride_ob, stride_oh, stride_on, D: gl.constexpr, ROWS: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
-    """Own ROWS rows of a query tile and add up its parts in increasing order, AT_ONCE at a time.
+    """Add up the parts of ROWS rows of 64 from `first` on in increasing order, AT_ONCE at a time; store those < `end`.
 
-    A part without keys has the log-sum-exp -inf and no output. Parts of short rings may all but one be such. A thread
-    holds the same rows and columns of every part, so that all loads are under way at once and nothing is exchanged.
+    The first part is in `unit`, the others `step` units apart. A part without keys has the log-sum-exp -inf and no
+    output. Parts of short rings may all but one be such. A thread holds the same rows and columns of every part, so
+    that all loads are under way at once and nothing is exchanged.
     """
     PARTS: gl.constexpr = gl.BlockedLayout([AT_ONCE, 1, 4], [1, 128 // D, D // 4], [1, 4, 1], [2, 1, 0])
     LSES: gl.constexpr = gl.SliceLayout(2, PARTS)
     RESULT: gl.constexpr = gl.SliceLayout(0, PARTS)
-    p_merge = p_merges + gl.program_id(0) * FIELDS
-    i_b = gl.load(p_merge).to(gl.int64)
-    i_h = gl.load(p_merge + 1).to(gl.int64)
-    first = gl.load(p_merge + 2)
-    unit = gl.load(p_merge + 3)
-    step = gl.load(p_merge + 4)
-    parts = gl.load(p_merge + 5)
     i_r = gl.program_id(1) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LSES))
     i_p = gl.arange(0, AT_ONCE, layout=gl.SliceLayout(1, LSES))
     i_d = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(0, PARTS)))
@@ -68,12 +61,32 @@ def combine(
         top = new_top
 
     rows = first + i_r
-    in_n = rows < n
-    gl.store(p_lse + (i_b * heads + i_h) * n + rows, (top + gl.log2(total)) * 0.6931471805599453, mask=in_n)
+    in_block = rows < end
+    gl.store(p_lse + (i_b * heads + i_h) * n + rows, (top + gl.log2(total)) * 0.6931471805599453, mask=in_block)
     share = gl.convert_layout(1.0 / total, gl.SliceLayout(1, RESULT), assert_trivial=True)
     rows = gl.convert_layout(rows, gl.SliceLayout(1, RESULT), assert_trivial=True)
     columns = gl.convert_layout(i_d, gl.SliceLayout(0, RESULT), assert_trivial=True)
     at_row = i_b * stride_ob + i_h * stride_oh + rows.to(gl.int64) * stride_on
     p_row = p_out + gl.multiple_of(at_row, 8)[:, None]  # strides are such multiples, as TMA asks for
     out = (acc * share[:, None]).to(p_out.dtype.element_ty)
-    gl.store(p_row + columns[None, :], out, mask=(rows < n)[:, None])
+    gl.store(p_row + columns[None, :], out, mask=(rows < end)[:, None])
+
+
+@own_assembler
+@gluon.jit(do_not_specialize=["heads", "n", "stride_ob", "stride_oh", "stride_on"])
+def combine(
+    p_part, p_part_lse, p_out, p_lse, p_merges, heads, n, stride_ob, stride_oh, stride_on,
+    D: gl.constexpr, ROWS: gl.constexpr, AT_ONCE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Own ROWS rows of a query tile of a decode, as a table of merges has it."""
+    p_merge = p_merges + gl.program_id(0) * FIELDS
+    i_b = gl.load(p_merge).to(gl.int64)
+    i_h = gl.load(p_merge + 1).to(gl.int64)
+    first = gl.load(p_merge + 2)
+    unit = gl.load(p_merge + 3)
+    step = gl.load(p_merge + 4)
+    parts = gl.load(p_merge + 5)
+    add_up(
+        p_part, p_part_lse, p_out, p_lse, i_b, i_h, first, n, unit, step, parts, heads, n,
+        stride_ob, stride_oh, stride_on, D, ROWS, AT_ONCE,
+    )  # fmt: skip

@@ -21,7 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..portable.forward import LOG2E, Ring
 from .assembler import own_assembler
-from .forward_consumer import Outputs, consume
+from .combine import PARTS_AT_ONCE, rows_of_program
+from .forward_consumer import consume
+from .forward_cut import Cut, Parts, choose_cut, combine_cut
+from .forward_keep import Outputs
 from .forward_plan import plan_forward
 from .forward_producer import Inputs, produce
 from .forward_shared import Bars, Buffers, Call
@@ -36,6 +39,7 @@ from .supports import sees_all
     do_not_specialize=[
         "s_ob", "s_oh", "s_on", "scale2", "heads", "group", "n", "block_size", "window", "sink", "grid_start",
         "ring_window", "heavy_items", "group_items", "last", "per_block", "lacking", "heavy", "light", "items",
+        "whole_items", "whole", "cut", "each",
     ],
     do_not_specialize_on_alignment=["p_position", "p_lanes"],
 )  # fmt: skip
@@ -43,9 +47,10 @@ def _forward(
     q_desc, q_sink_desc, k_desc, v_desc, out_desc, ring_k_desc, ring_v_desc, p_out, p_lse, p_position, p_lanes,
     s_ob, s_oh, s_on, scale2, heads, group, n, block_size, window, sink, grid_start, ring_window,
     heavy_items, group_items, last, per_block, lacking, heavy, light, items, p_ticket,
+    whole_items, whole, cut, each, p_part, p_part_lse,
     GROUPS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, TURNS: gl.constexpr, SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr,
-    Q_SINK: gl.constexpr, STRADDLE: gl.constexpr,
+    Q_SINK: gl.constexpr, STRADDLE: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Set up shared memory and barriers, then split into one producer and GROUPS consumers."""
     ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -78,35 +83,36 @@ def _forward(
         heads, group, n, block_size, window, sink, grid_start, ring_window, p_position, p_lanes,
         heavy_items, group_items, last, per_block, lacking, heavy, light, items, p_ticket,
     )  # fmt: skip
+    parts = Parts(whole_items, whole, cut, each, p_part, p_part_lse)
     SEGMENTS: gl.constexpr = (5 if Q_SINK else 4) if RING else (2 if SINKS else 1)
     # Constants cannot sit in a tuple bound to a name, so the argument lists are spelled out.
     if GROUPS == 2:
         gl.warp_specialize([
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
+            (produce, (inputs, buffers, bars, call, parts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif GROUPS == 3:
         gl.warp_specialize([
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 2)),
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 2)),
+            (produce, (inputs, buffers, bars, call, parts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 1)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 2)),
-            (consume, (outputs, buffers, bars, call, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, TURNS, 3)),
-            (produce, (inputs, buffers, bars, call, SINKS, RING, LANES, Q_SINK, STRADDLE)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 2)),
+            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 3)),
+            (produce, (inputs, buffers, bars, call, parts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
 class Config(NamedTuple):
     """Consumers (64 query rows each), keys of a tile, stages of K and V, stages of Q, registers of a consumer's thread,
-    whether consumers start their matmuls in turn, the relative rate of a row in a tile without idle consumers, and that
-    of tiles that straddle blocks against it: they have masks, and keys that a consumer's rows do not see."""
+    whether consumers start their matmuls in turn, TFLOP/s on 132 multiprocessors in a tile without idle consumers, and
+    the rate of tiles that straddle blocks against it: they have masks, and keys that a consumer's rows do not see."""
 
     groups: int
     columns: int
@@ -114,13 +120,13 @@ class Config(NamedTuple):
     q_stages: int
     registers: int
     turns: bool
-    rate: float = 1.0
+    rate: float
     straddling_rate: float = 0.9
 
 
 # The fastest of five to eight each on an H200 (triton 3.6.0): blocks of 128 to 4680 tokens.
 CONFIGS = {
-    128: (Config(2, 128, 2, 2, 240, False),),
+    128: (Config(2, 128, 2, 2, 240, False, rate=800.0),),
     64: (
         Config(3, 128, 2, 2, 160, True, rate=564.0),
         Config(4, 64, 3, 2, 112, True, rate=550.0, straddling_rate=0.86),
@@ -166,6 +172,7 @@ def forward(
     q_sink: Tensor | None = None,
     ring: Ring | None = None,
     config: tuple[Config, bool] | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from each token to its block window, and to the history in `ring` if there is one.
 
@@ -178,6 +185,7 @@ def forward(
         q_sink: the queries that read sinks, wherever they lie, in place of q; with the shape of q.
         ring: history of each row.
         config: replaces the choice of `choose_config`, and the kernel for small blocks.
+        cut: replaces the choice of `choose_cut`; of no account without a ring, and with q_sink.
 
     Returns:
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
@@ -211,18 +219,42 @@ def forward(
     rows = config.columns
     rings = (None, None) if ring is None else (descriptor(ring.k, rows), descriptor(ring.v, rows))
     position, lanes, ring_window = (None, None, 1) if ring is None else (*ring[2:], ring.k.shape[2] - sink)
+    if ring is None or q_sink is not None or (cut and cut.cut == 0):
+        cut = None
+    elif cut is None:
+        tile_time = config.groups * 64 * rows * head_dim * 4 * 132 / (config.rate * 1e6)
+        cut = choose_cut(
+            heads * plan.tiles, ring.k.shape[0], -(-(window + sink) // rows), tile_time, config.groups * 64, head_dim,
+            multiprocessors(q.device),
+        )  # fmt: skip
+    if cut is not None and cut.whole + cut.cut != heads * plan.tiles:
+        raise ValueError(f"cut: expected {heads * plan.tiles} items of a row in all, got {cut.whole} + {cut.cut}")
+    parts = Parts(*[None] * 6)
     items = batch * heads * plan.tiles
+    if cut is not None:
+        units = batch * cut.cut * cut.parts * config.groups
+        part, part_lse = (torch.empty(units * 64, x, dtype=torch.float32, device=q.device) for x in (head_dim, 1))
+        parts = Parts(batch * cut.whole, *cut, part, part_lse)
+        items = batch * (cut.whole + cut.cut * cut.parts)
     ctas = min(multiprocessors(q.device), items)
+    of_plan = (batch * heads * plan.heavy, batch * heads * plan.per_block, *plan)
     ticket = (torch.zeros if items > ctas else torch.empty)(1, dtype=torch.int32, device=q.device)
     _forward[(ctas,)](
         descriptor(q, 64), None if q_sink is None else descriptor(q_sink, 64),
         descriptor(k, rows), descriptor(v, rows), descriptor(out, 64), *rings,
         out, lse, position, lanes, *out.stride()[:3], max(scale * LOG2E, 1e-30),
         heads, heads // k.shape[1], n, block_size, window, sink, grid_start, ring_window,
-        batch * heads * plan.heavy, batch * heads * plan.per_block, *plan, items, ticket,
+        *of_plan, items, ticket, *parts,
         GROUPS=config.groups, COLUMNS=config.columns, D=head_dim, STAGES=config.stages, Q_STAGES=config.q_stages,
         REGISTERS=config.registers, TURNS=config.turns,
         SINKS=sink > 0, RING=ring is not None, LANES=lanes is not None, Q_SINK=q_sink is not None,
-        STRADDLE=straddle, num_warps=4,
+        STRADDLE=straddle, CUT=cut is not None, num_warps=4,
     )  # fmt: skip
+    if cut is not None:
+        height = rows_of_program(head_dim)
+        combine_cut[(batch * cut.cut * config.groups, 64 // height)](
+            parts.p_part, parts.p_part_lse, out, lse, *cut, heads, n, block_size, grid_start, *of_plan,
+            *out.stride()[:3], GROUPS=config.groups, D=head_dim, ROWS=height, AT_ONCE=PARTS_AT_ONCE,
+            num_warps=4, launch_pdl=True,
+        )  # fmt: skip
     return out, lse

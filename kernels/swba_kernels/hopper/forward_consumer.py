@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -14,12 +12,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .compat import box, cta_barrier, tma_store
+from .compat import cta_barrier
+from .forward_keep import keep
 from .forward_plan import walk_of
 from .forward_shared import keys_of_tile, told_item
 from .notes import told
 from .pipeline import next_stage, overlaps
-from .softmax import first_weights, next_weights, rescale, row_state
+from .softmax import first_weights, next_weights, rescale
 from .starts import await_start, close_starts, open_starts, pass_start
 from .weights import add_values, as_operand
 
@@ -28,17 +27,6 @@ NOTHING = gl.constexpr(0)
 FIRST = gl.constexpr(1)
 UNSEEN = gl.constexpr(2)
 UNSEEN_BUT_SINKS = gl.constexpr(3)
-
-
-class Outputs(NamedTuple):
-    """The descriptor of out [B, H, N, D], its address and strides, and the address of lse [B, H, N]."""
-
-    descriptor: Any
-    p_out: Any
-    s_ob: Any
-    s_oh: Any
-    s_on: Any
-    p_lse: Any
 
 
 @gluon.jit
@@ -319,39 +307,9 @@ def _sit_out(
 
 
 @gluon.jit
-def wide(x):
-    """Return a number that is not negative in 64 bits; one of 32 gets zeros, so that no register keeps its sign."""
-    if x.dtype == gl.int32:
-        x = x.to(gl.uint32)
-    return x.to(gl.int64)
-
-
-@gluon.jit
-def _write(acc, top, total, i_b, i_h, row, end, smem, outputs, call):
-    """Store 64 rows of out and lse from `row` on, those before `end`: by TMA unless that would touch the next block."""
-    ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    top, total = row_state(top, total, ROWS)
-    lse = (top + gl.log2(total)) * 0.6931471805599453
-    lse_rows = row + gl.arange(0, 64, layout=ROWS)
-    gl.store(outputs.p_lse + (i_b * call.heads + i_h).to(gl.int64) * wide(call.n) + lse_rows, lse, mask=lse_rows < end)
-    out = (acc * (1.0 / total)[:, None]).to(smem.dtype)
-    if (row + 64 <= end) | (end == call.n):
-        tma.store_wait(0)
-        smem.store(out)
-        fence_async_shared()
-        tma_store(outputs.descriptor, [i_b, i_h, row, 0], box(smem, 64, smem.shape[1]))
-    else:
-        rows = row + gl.arange(0, 64, layout=ROWS)
-        columns = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
-        at = rows.to(gl.int64)[:, None] * wide(outputs.s_on) + columns[None, :]
-        p_head = outputs.p_out + i_b.to(gl.int64) * wide(outputs.s_ob) + i_h.to(gl.int64) * wide(outputs.s_oh)
-        gl.store(p_head + at, out, mask=(rows < end)[:, None])
-
-
-@gluon.jit
 def consume(
-    outputs, buffers, bars, call, scale2,
-    SEGMENTS: gl.constexpr, RING: gl.constexpr, Q_SINK: gl.constexpr, STRADDLE: gl.constexpr,
+    outputs, buffers, bars, call, parts, scale2,
+    SEGMENTS: gl.constexpr, RING: gl.constexpr, Q_SINK: gl.constexpr, STRADDLE: gl.constexpr, CUT: gl.constexpr,
     TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Own 64 query rows of each work item: attend, then write. With TURNS the consumers start their matmuls in turn."""
@@ -376,7 +334,7 @@ def consume(
                 acc, top, total, q_stage, q_phase, stage, phase = _attend(
                     item, scale2, buffers, bars, q_stage, q_phase, stage, phase, SEGMENTS, SINKS_FROM, TURNS, GROUP
                 )
-            _write(acc, top, total, item.i_b, item.i_h, row, item.end, buffers.out.index(GROUP), outputs, call)
+            keep(acc, top, total, item, row, buffers.out.index(GROUP), outputs, call, parts, CUT, GROUP)
         else:
             q_stage, q_phase, stage, phase = _sit_out(
                 item, buffers, bars, q_stage, q_phase, stage, phase, Q_SINK, TURNS, GROUP

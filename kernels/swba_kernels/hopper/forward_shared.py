@@ -41,6 +41,7 @@ class Item(NamedTuple):
     ring: Any
     low: Any
     kept: Any
+    unit: Any  # one more than the first unit of a part; 0 if the item is whole
 
 
 class Bars(NamedTuple):
@@ -96,7 +97,7 @@ def told_item(notes, q_stage):
     return Item(
         told(notes, q_stage, 0), told(notes, q_stage, 1), told(notes, q_stage, 2), told(notes, q_stage, 3),
         told(notes, q_stage, 4), told(notes, q_stage, 5), told(notes, q_stage, 6), told(notes, q_stage, 7),
-        told(notes, q_stage, 8), told(notes, q_stage, 9),
+        told(notes, q_stage, 8), told(notes, q_stage, 9), told(notes, q_stage, 10),
     )  # fmt: skip
 
 
