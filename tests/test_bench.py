@@ -39,7 +39,7 @@ def name_of(shape: Shape) -> str:
 def test_names_of_shapes_differ() -> None:
     names = [shape.name for shape in {*SETS["all"], *SETS["odd"], *SETS["tiny"]}]
     assert len(names) == len(set(names))
-    assert len(SETS["all"]) == 20
+    assert len(SETS["all"]) == 22
     assert select("odd") == [*SETS["odd-training"], *SETS["odd-decode"]]
 
 

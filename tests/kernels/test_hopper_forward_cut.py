@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import json
+import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,13 +15,16 @@ pytest.importorskip("triton.experimental.gluon")
 
 from swba_kernels.hopper import forward_cut
 from swba_kernels.hopper.combine import MAX_PARTS
+from swba_kernels.hopper.forward import choose_config, cut_of_call
 from swba_kernels.hopper.forward_cut import Cut, Parts, choose_cut
+from swba_kernels.hopper.forward_plan import plan_forward
 
 item_of_cut, part_of, share_of = (getattr(forward_cut, name).fn for name in ("item_of_cut", "part_of", "share_of"))
 tiles_of, in_front = forward_cut.tiles_of.fn, forward_cut.in_front.fn
 
 MULTIPROCESSORS = 132
-TILE_TIME = {64: 1.1, 128: 1.4}
+MEASURED = Path(__file__).parents[2] / "docs" / "benchmarks" / "h200-prefill-cuts.json"
+TILE_TIME = {64: 1.1, 128: 1.5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +89,7 @@ def test_parts_read_every_key_of_every_segment_once(lengths, count, columns) -> 
 
 def end_of(cut: Cut, lanes: int, tiles: int, head_dim: int) -> float:
     """Return when the last of all items ends if whoever is free takes the next one, in microseconds."""
-    time = [TILE_TIME[head_dim] * x + forward_cut._ITEM[head_dim] for x in (tiles, tiles / cut.parts)]
+    time = [TILE_TIME[head_dim] * x + forward_cut._ITEM for x in (tiles, tiles / cut.parts)]
     free = [0.0] * MULTIPROCESSORS
     for one, count in zip(time, (lanes * cut.whole, lanes * cut.cut * cut.parts), strict=True):
         for _ in range(count):
@@ -111,6 +117,22 @@ def test_few_items_are_spread_over_all_multiprocessors(items, lanes, tiles, gain
     cut = choose_cut(items, lanes, tiles, TILE_TIME[128], 128, 128, MULTIPROCESSORS)
     assert cut is not None
     assert end_of(cut, lanes, tiles, 128) * gain < end_of(Cut(items, 0, 1), lanes, tiles, 128)
+
+
+def test_chosen_cuts_are_near_the_fastest_that_were_measured() -> None:
+    losses = []
+    for result in json.loads(MEASURED.read_text())["results"]:
+        us, head_dim, window = result["us"], result["head_dim"], result["ws"] * result["block_size"] + result["sink"]
+        n = result["blocks"] * result["block_size"]
+        config, _ = choose_config(head_dim, result["block_size"], window, True, False)
+        rows = config.groups * 64
+        items = result["heads"] * plan_forward(n, result["block_size"], 0, 0, 0, rows).tiles
+        cut = cut_of_call(items, result["lanes"], window, config, head_dim, MULTIPROCESSORS)
+        chosen = us["none"] if cut is None else us[f"{cut.whole}/{cut.parts}"]
+        assert chosen < 1.01 * us["none"], result
+        losses.append(chosen / min(us.values()) - 1)
+    assert max(losses) < 0.11
+    assert statistics.mean(losses) < 0.015
 
 
 @pytest.mark.parametrize(("items", "tiles"), [(132, 80), (264, 80), (4000, 80), (24, 2), (24, 1)])

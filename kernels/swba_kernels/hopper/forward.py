@@ -126,7 +126,7 @@ class Config(NamedTuple):
 
 # The fastest of five to eight each on an H200 (triton 3.6.0): blocks of 128 to 4680 tokens.
 CONFIGS = {
-    128: (Config(2, 128, 2, 2, 240, False, rate=800.0),),
+    128: (Config(2, 128, 2, 2, 240, False, rate=720.0),),
     64: (
         Config(3, 128, 2, 2, 160, True, rate=564.0),
         Config(4, 64, 3, 2, 112, True, rate=550.0, straddling_rate=0.86),
@@ -157,6 +157,22 @@ def choose_config(head_dim: int, block_size: int, window: int, ring: bool, strad
     if straddle and block_size >= SMALLEST_STRADDLED:
         choices += [(x, True) for x in CONFIGS[head_dim] if x.groups != 3]
     return min(choices, key=time)
+
+
+def cut_of_call(items: int, lanes: int, keys: int, config: Config, head_dim: int, multiprocessors: int) -> Cut | None:
+    """Return the cut that `choose_cut` has for a row of `items`, whose blocks see at most `keys` keys."""
+    rows, columns = config.groups * 64, config.columns
+    tile_time = rows * columns * head_dim * 4 * 132 / (config.rate * 1e6)
+    return choose_cut(items, lanes, -(-keys // columns), tile_time, rows, head_dim, multiprocessors)
+
+
+def parts_of_call(cut: Cut | None, batch: int, groups: int, head_dim: int, device: torch.device) -> Parts:
+    """Return what the kernel is told of a cut, with new workspaces."""
+    if cut is None:
+        return Parts(*[None] * len(Parts._fields))
+    rows = batch * cut.cut * cut.parts * groups * 64
+    part, part_lse = (torch.empty(rows, x, dtype=torch.float32, device=device) for x in (head_dim, 1))
+    return Parts(batch * cut.whole, *cut, part, part_lse)
 
 
 def forward(
@@ -222,20 +238,12 @@ def forward(
     if ring is None or q_sink is not None or (cut and cut.cut == 0):
         cut = None
     elif cut is None:
-        tile_time = config.groups * 64 * rows * head_dim * 4 * 132 / (config.rate * 1e6)
-        cut = choose_cut(
-            heads * plan.tiles, ring.k.shape[0], -(-(window + sink) // rows), tile_time, config.groups * 64, head_dim,
-            multiprocessors(q.device),
-        )  # fmt: skip
+        sms = multiprocessors(q.device)
+        cut = cut_of_call(heads * plan.tiles, ring.k.shape[0], window + sink, config, head_dim, sms)
     if cut is not None and cut.whole + cut.cut != heads * plan.tiles:
         raise ValueError(f"cut: expected {heads * plan.tiles} items of a row in all, got {cut.whole} + {cut.cut}")
-    parts = Parts(*[None] * 6)
-    items = batch * heads * plan.tiles
-    if cut is not None:
-        units = batch * cut.cut * cut.parts * config.groups
-        part, part_lse = (torch.empty(units * 64, x, dtype=torch.float32, device=q.device) for x in (head_dim, 1))
-        parts = Parts(batch * cut.whole, *cut, part, part_lse)
-        items = batch * (cut.whole + cut.cut * cut.parts)
+    parts = parts_of_call(cut, batch, config.groups, head_dim, q.device)
+    items = batch * (heads * plan.tiles if cut is None else cut.whole + cut.cut * cut.parts)
     ctas = min(multiprocessors(q.device), items)
     of_plan = (batch * heads * plan.heavy, batch * heads * plan.per_block, *plan)
     ticket = (torch.zeros if items > ctas else torch.empty)(1, dtype=torch.int32, device=q.device)
