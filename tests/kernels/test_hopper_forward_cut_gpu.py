@@ -78,6 +78,24 @@ def test_every_cut_at_every_stage_of_a_ring(sink, head_dim, dtype, poison) -> No
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_parts_than_are_added_up_at_once_and_than_there_are_multiprocessors(head_dim) -> None:
+    from swba_kernels.hopper.forward_cut import Cut
+    from swba_kernels.portable.forward import Ring
+
+    pattern = BlockWindow(333, 2997)
+    rings = ring_of(pattern, [5000], 8, head_dim, torch.bfloat16, 0)
+    q, k, v = qkv(Case(pattern, 333, 8, 8, head_dim, batch=1), torch.bfloat16, "cuda")
+    position, items = torch.tensor([5000], device="cuda"), items_of(333, pattern, head_dim, 8)
+    double = [x.double() for x in (q, k, v)]
+    oracle, oracle_lse = reference.prefill_reference(*double, pattern, *rings.double(), position, return_lse=True)
+    eager = reference.prefill_reference(q, k, v, pattern, *rings, position)
+    for parts in (8, 9, 24, 32):
+        out, lse = call(q, k, v, pattern, ring=Ring(*rings, position), cut=Cut(0, items, parts))
+        assert_close(out, oracle, eager, f"{parts} parts")
+        assert_lse_close(lse, oracle_lse)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_row_keeps_its_bits_whatever_the_others_are(head_dim) -> None:
     """By the chosen cut, which knows the ring's lanes and not the rows of the call."""
     from swba_kernels.portable.forward import Ring
