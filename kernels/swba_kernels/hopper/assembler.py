@@ -1,17 +1,20 @@
-"""Which assembler makes machine code of these kernels: Triton's own, with which they were tuned.
+"""Which assembler makes machine code of these kernels: Triton's own `ptxas`, with which they were tuned.
 
 Where two warpgroups share the tensor cores, a few instructions decide how they fall into step, and each release of
 ptxas places them differently: the fused backward at head dim 128 takes 14% more cycles when that of CUDA 13.0 assembles
 it instead of the 12.8 that comes with Triton 3.6. torch brings a ptxas of its own, and torch.compile, the first time
 that it compiles for a GPU, makes all of the process use it (TRITON_PTXAS_PATH). So the speed of these kernels would
 depend on what ran before them.
+
+Triton 3.9 comes with two, and takes the newer one for Hopper: 13.4, where its `ptxas` is 12.9. On an H200 most of these
+kernels are a little faster with 12.9, the fused backward at head dim 128 by 3%. So `ptxas` is taken there, too.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from threading import Lock
@@ -20,11 +23,12 @@ from typing import Any, TypeVar
 import torch
 
 Kernel = TypeVar("Kernel")
-VARIABLE = "TRITON_PTXAS_PATH"  # Triton 3.9 reads it for older GPUs only: torch's choice does not reach Hopper there
+VARIABLE = "TRITON_PTXAS_PATH"
+NEWER = "TRITON_PTXAS_BLACKWELL_PATH"  # for GPUs after Hopper, and in Triton 3.9 for Hopper
 TUNED_WITH = "12.8"
 _lock = Lock()
 _users = 0
-_torchs: str | None = None  # what is set aside while there are users
+_set_aside: dict[str, str | None] = {}  # what the variables said that say something else while there are users
 
 
 def is_torchs(path: str | None) -> bool:
@@ -39,7 +43,7 @@ def is_torchs(path: str | None) -> bool:
 def describe() -> str:
     """Say which assembler these kernels get, and with which one they were tuned; RuntimeError if there is none."""
     with tritons_own_assembler():
-        version = _version()
+        version = _for_hopper().version
     return f"ptxas {version}, " + (
         "with which they were tuned" if version == TUNED_WITH else f"they were tuned with {TUNED_WITH}"
     )
@@ -47,9 +51,10 @@ def describe() -> str:
 
 @contextmanager
 def tritons_own_assembler() -> Iterator[None]:
-    """Let Triton use its own ptxas, if it has one, in place of torch's. What a user chose stays.
+    """Let Triton use its own `ptxas` for Hopper, if it has one, not torch's nor a newer one. What a user chose stays.
 
-    All of the process gets that assembler meanwhile.
+    All of the process gets that assembler meanwhile: one that is older than what it used may refuse a kernel of another
+    thread that is just then between PTX and machine code.
     """
     _enter()
     try:
@@ -59,46 +64,70 @@ def tritons_own_assembler() -> Iterator[None]:
 
 
 def _enter() -> None:
-    global _users, _torchs
+    global _users
     with _lock:
         _users += 1
-        path = os.environ.get(VARIABLE)
-        if _users > 1 or not is_torchs(path):
-            return
-        del os.environ[VARIABLE]
-        try:
-            _version()
-        except (ImportError, RuntimeError):  # Triton came without one: torch's is better than none
-            os.environ[VARIABLE] = str(path)
-            return
-        _torchs = path
-        _forget_version()
+        if _users == 1:
+            _choose()
 
 
 def _leave() -> None:
-    global _users, _torchs
+    global _users
     with _lock:
         _users -= 1
-        if _users == 0 and _torchs is not None:
-            os.environ[VARIABLE], _torchs = _torchs, None
-            _forget_version()
+        if _users == 0 and _set_aside:
+            _restore()
+            _forget()
 
 
-def _version() -> str:
-    """Return the version of the ptxas that Triton would use for Hopper; RuntimeError if it finds none."""
+def _choose() -> None:
+    for variable in (VARIABLE, NEWER):
+        if is_torchs(os.environ.get(variable)):
+            _set_aside[variable] = os.environ.pop(variable)
+    try:
+        taken = _for_hopper()
+    except (ImportError, RuntimeError):  # Triton came without one: torch's is better than none
+        _restore()
+        return
+    if NEWER not in os.environ:
+        from triton import knobs
+
+        with suppress(OSError, RuntimeError):  # it came without `ptxas`: what it takes for Hopper stays
+            if taken != knobs.nvidia.ptxas:
+                os.environ[NEWER] = knobs.nvidia.ptxas.path
+                _set_aside.setdefault(NEWER, None)
+    if _set_aside:
+        _forget()
+
+
+def _restore() -> None:
+    for variable, path in _set_aside.items():
+        if path is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = path
+    _set_aside.clear()
+
+
+def _for_hopper() -> Any:
+    """Return the ptxas that Triton would use for Hopper (path and version); RuntimeError if it finds none."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     try:
-        return get_ptxas(90).version
+        return get_ptxas(90)
     except OSError as error:  # a file that cannot be run
         raise RuntimeError(str(error)) from error
 
 
-def _forget_version() -> None:
-    """Let Triton ask its assembler again: the version is a part of the names under which it keeps compiled kernels."""
-    from triton.backends.nvidia.compiler import get_ptxas_version
+def _forget() -> None:
+    """Let Triton ask its assembler again for what it remembers of it.
+
+    Its version is a part of the names under which compiled kernels are kept; features are what PTX may make use of.
+    """
+    from triton.backends.nvidia.compiler import get_features, get_ptxas_version
 
     get_ptxas_version.cache_clear()
+    get_features.cache_clear()
 
 
 def own_assembler(kernel: Kernel) -> Kernel:
