@@ -121,7 +121,8 @@ def prefill_attention(
         sm_scale, return_lse, impl: as in `block_window_attention`.
 
     Returns:
-        As `block_window_attention`; not differentiable.
+        As `block_window_attention`; not differentiable. A row's bits depend on its own numbers, the shapes and the GPU,
+        not on the other rows, where the call has no more rows than the rings have lanes.
 
     Raises:
         TypeError, ValueError: an argument is not as described. Values on a GPU (position, lanes) are not checked.

@@ -32,7 +32,6 @@ from swba_infer.bench.shapes import select
 from swba_kernels import hopper
 from swba_kernels.hopper import assembler
 from swba_kernels.hopper.assembler import NEWER, VARIABLE, describe, is_torchs, tritons_own_assembler
-from swba_kernels.hopper.forward_cut import Cut
 
 pytestmark = pytest.mark.gluon
 
@@ -241,7 +240,7 @@ def test_no_kernel_is_assembled_by_another_one(torchs: str) -> None:
         launched |= {kernel for kernel, _ in compile_launches(lambda name=name: train(select(name)[0]))}
     for name in ("decode-b1-h12-d128-bs1560-ws21", DECODE):
         launched |= {kernel for kernel, _ in compile_launches(lambda name=name: stream(select(name)[0]))}
-    launched |= {kernel for kernel, _ in compile_launches(lambda: prefill(64, 64, 0, None, cut=Cut(4, 20, 3)))}
+    launched |= {kernel for kernel, _ in compile_launches(lambda: prefill(64, 64, 0, None, parts=3))}
     assert launched == {kernel.fn.__name__ for kernel in entries()}
     assert get_ptxas(90).path == torchs
 

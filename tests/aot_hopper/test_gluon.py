@@ -16,7 +16,6 @@ from hopper_launches import cut_decode, empty, prefill, rows, straddle, stream, 
 from swba_infer.bench.shapes import SETS, Shape
 from swba_kernels.hopper.assembler import tritons_own_assembler
 from swba_kernels.hopper.decode_plan import CONFIGS, Config
-from swba_kernels.hopper.forward_cut import Cut
 from swba_kernels.hopper.starts import START
 from swba_kernels.hopper.supports import build_obstacle
 
@@ -168,11 +167,14 @@ def test_every_configuration_of_the_decode(head_dim: int, config: Config, sink: 
 
 @pytest.mark.parametrize(("head_dim", "block_size", "sink", "lanes"), PREFILLS)
 def test_prefill_kernels(head_dim: int, block_size: int, sink: int, lanes: bool) -> None:
-    for cut in (Cut(24, 0, 1), Cut(4, 20, 3)):
+    for parts in (1, 3):
         launches = compile_launches(
-            lambda cut=cut: prefill(head_dim, block_size, sink, rows(2) if lanes else None, cut=cut)
+            lambda parts=parts: prefill(head_dim, block_size, sink, rows(2) if lanes else None, parts=parts)
         )
-        assert [name for name, _ in launches] == ["_forward", "combine_cut"][: 2 if cut.cut else 1]
+        assert [name for name, _ in launches] == ["_forward", "combine_cut"][: 2 if parts > 1 else 1]
+        if parts > 1:
+            merge = launches[1][1].ptx
+            assert 0 < merge.index("griddepcontrol.wait") < merge.index("ld.global")
         check(launches, " prefill")
     if sink:
         launches = compile_launches(lambda: prefill(head_dim, block_size, sink, rows(2) if lanes else None, True))

@@ -129,11 +129,12 @@ def compile_launches(
 def record_launches(
     call: Callable[[], object], arch: int = 90, multiprocessors: int = 132
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Run `call` likewise; return (kernel, arguments and options by name) of each launch, without a compiler."""
+    """Run `call` likewise; return (kernel, arguments, options and grid by name) of each launch, without a compiler."""
     launches = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self.fn.__name__, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
+        given = dict(zip(self.arg_names, args, strict=False))
+        launches.append((self.fn.__name__, {**given, **kwargs, "grid": grid}))
 
     with _intercepted(run, arch, multiprocessors):
         call()

@@ -1,4 +1,4 @@
-"""Calls of the Hopper forward on a GPU, and rings for them."""
+"""Calls of the Hopper forward, and rings for them."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def ring_of(pattern: BlockWindow, positions: list[int], kv_heads: int, head_dim:
         _, filled = reference.ring_layout(position, slots, pattern.sink)
         rings[:, lane, :, filled] = torch.randn(2, kv_heads, len(filled), head_dim, device="cuda", dtype=dtype)
     return rings
+
+
+def items_of(n: int, pattern: BlockWindow, head_dim: int, heads: int) -> int:
+    """Return how many work items a row of such a prefill has."""
+    from swba_kernels.hopper.forward import choose_config
+    from swba_kernels.hopper.forward_plan import plan_forward
+
+    block = pattern.block_size
+    config, _ = choose_config(head_dim, min(block, n), pattern.window + pattern.sink, True, False)
+    return heads * plan_forward(n, block, 0, 0, pattern.grid_start, config.groups * 64).tiles

@@ -6,8 +6,10 @@ B batch or lanes, H heads, N tokens, D head dim.
 from __future__ import annotations
 
 import torch
+from forward_calls import items_of
 
 from swba_infer.bench.shapes import Shape
+from swba_kernels import BlockWindow
 from swba_kernels.hopper.decode_plan import Config
 from swba_kernels.hopper.forward_cut import Cut
 
@@ -64,8 +66,9 @@ def stream(shape: Shape, lanes: torch.Tensor | None = None, sink: int = 0) -> No
 
 
 def prefill(
-    head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | None, apart: bool = False, cut: Cut | None = None
+    head_dim: int, block_size: int, sink: int, lanes: torch.Tensor | None, apart: bool = False, parts: int = 1
 ) -> None:
+    """Launch a prefill of three blocks, whose items but for four of a row are cut into `parts`."""
     from swba_kernels.hopper.forward import forward
     from swba_kernels.portable.forward import Ring
 
@@ -74,6 +77,8 @@ def prefill(
     ring = torch.empty(3, 4, sink + 4 * block_size, head_dim, dtype=torch.bfloat16, device="meta")
     options = {"block_size": block_size, "window": 4 * block_size, "sink": sink, "grid_start": 0}
     q_sink = torch.empty_like(q) if apart else None
+    items = items_of(3 * block_size, BlockWindow(block_size, 4 * block_size, sink), head_dim, 8)
+    cut = Cut(4, items - 4, parts) if parts > 1 else Cut(items, 0, 1)
     forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(2), lanes), q_sink=q_sink, cut=cut, **options)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from forward_calls import call, equal_rows, ring_of
+from forward_calls import call, equal_rows, items_of, ring_of
 from kernel_cases import Case, qkv
 from tolerance import assert_close, assert_lse_close
 
@@ -18,16 +18,7 @@ pytestmark = [
 ]
 
 PATTERNS = {0: (BlockWindow(150, 450), 70), 40: (BlockWindow(333, 999, 40), 0), 200: (BlockWindow(64, 640, 200), 33)}
-
-
-def items_of(n: int, pattern: BlockWindow, head_dim: int, heads: int) -> int:
-    """Return how many work items a row of such a prefill has."""
-    from swba_kernels.hopper.forward import choose_config
-    from swba_kernels.hopper.forward_plan import plan_forward
-
-    block = pattern.block_size
-    config, _ = choose_config(head_dim, min(block, n), pattern.window + pattern.sink, True, False)
-    return heads * plan_forward(n, block, 0, 0, pattern.grid_start, config.groups * 64).tiles
+PATTERNS |= {300: (BlockWindow(64, 128, 300), 0)}  # whose own sinks come in more than one tile
 
 
 def cuts(items: int) -> list:
@@ -98,14 +89,17 @@ def test_more_parts_than_are_added_up_at_once_and_than_there_are_multiprocessors
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_row_keeps_its_bits_whatever_the_others_are(head_dim) -> None:
     """By the chosen cut, which knows the ring's lanes and not the rows of the call."""
+    from swba_kernels.hopper.forward import choose_config, cut_of_call
     from swba_kernels.portable.forward import Ring
 
     pattern = BlockWindow(333, 2997)
-    rings = ring_of(pattern, [5000, 700, 3333], 8, head_dim, torch.bfloat16, 0)
-    q, k, v = qkv(Case(pattern, 333, 8, 8, head_dim, batch=3), torch.bfloat16, "cuda")
-    lanes, position = torch.tensor([2, 0, 1], device="cuda"), torch.tensor([3333, 5000, 700], device="cuda")
+    config, _ = choose_config(head_dim, 333, 2997, True, False)
+    assert cut_of_call(items_of(333, pattern, head_dim, 8), 2, 2997, config, head_dim, 132) is not None
+    rings = ring_of(pattern, [5000, 700], 8, head_dim, torch.bfloat16, 0)
+    q, k, v = qkv(Case(pattern, 333, 8, 8, head_dim, batch=2), torch.bfloat16, "cuda")
+    lanes, position = torch.tensor([1, 0], device="cuda"), torch.tensor([700, 5000], device="cuda")
     together = call(q, k, v, pattern, ring=Ring(*rings, position, lanes))
-    for b in range(3):
+    for b in range(2):
         row = slice(b, b + 1)
         alone = call(q[row], k[row], v[row], pattern, ring=Ring(*rings, position[row], lanes[row]))
         equal_rows(alone, [x[row] for x in together], slice(None))

@@ -25,7 +25,7 @@ from swba_kernels import BlockWindow
 
 pytest.importorskip("triton.experimental.gluon")
 
-from swba_kernels.hopper.forward_cut import Parts, item_of_cut
+from swba_kernels.hopper.forward_cut import Cuts, item_of_cut
 from swba_kernels.hopper.forward_plan import place_of, plan_forward, rows_of
 
 MODULES = ("compat", "pipeline", "notes", "starts", "forward_plan")
@@ -53,9 +53,12 @@ class Call:
         n, block = draw.choice([draw.randint(1, 200), draw.randint(200, 500)]), draw.randint(64 if straddle else 1, 300)
         sink = draw.choice([0, draw.randint(1, 150)]) if not q_sink else draw.randint(1, 150)
         self.ring, self.apart, self.straddle, self.small = ring, q_sink, straddle, small
+        wider, long_sinks = draw.randint(0, 250), cut and draw.random() < 0.4
+        if long_sinks:  # those of the call's own come in more than one tile
+            n, block, sink, wider = draw.randint(300, 500), draw.randint(1, 90), draw.randint(150, 300), 0
         if small:
             self.head_dim, self.columns, block, sink = 64, 128, draw.randint(1, 127), 0
-        self.pattern = BlockWindow(block, block + draw.randint(0, 250), sink, draw.randint(0, block))
+        self.pattern = BlockWindow(block, block + wider, sink, draw.randint(0, block))
         self.n, self.batch, self.group = n, draw.randint(1, 2), draw.randint(1, 2)
         self.heads = self.group * draw.randint(1, 2)
         self.resident = draw.randint(1, 4)
@@ -63,17 +66,15 @@ class Call:
         if not ring:
             self.window, self.sink = min(self.window, n), min(sink, n)
         self.slots = sink + self.window + draw.choice([0, draw.randint(1, 90)])
-        positions = [0, sink, draw.randint(0, self.slots), draw.randint(0, 3 * self.slots)]
+        positions = [0] if long_sinks else [0, sink, draw.randint(0, self.slots), draw.randint(0, 3 * self.slots)]
         self.positions = [draw.choice(positions) if ring else 0 for _ in range(self.batch)]
         self.lanes = draw.sample(range(3), self.batch) if draw.random() < 0.5 else None
         weighed = (0, 0) if self.ring else (self.window, self.sink)
-        self.plan = plan_forward(
-            n, block, *weighed, self.pattern.grid_start, self.groups * 64, self.straddle
-        )  # fmt: skip
+        self.plan = plan_forward(n, block, *weighed, self.pattern.grid_start, self.groups * 64, self.straddle)
         items = self.heads * self.plan.tiles
         whole = draw.choice([0, draw.randint(0, items - 1)])
-        parts = Parts(self.batch * whole, whole, items - whole, draw.randint(2, 6), PART, PART_LSE)
-        self.parts = parts if cut else None
+        cuts = Cuts(self.batch * whole, whole, items - whole, draw.randint(2, 6), PART, PART_LSE)
+        self.cuts = cuts if cut else None
 
     def run(self, machine: Machine) -> None:
         machine.names |= stand_ins(machine)
@@ -92,24 +93,24 @@ class Call:
                 num_warps=4, **{name: Array(x) for name, x in sizes.items()},
             )  # fmt: skip
             return
-        plan, parts = self.plan, self.parts or Parts(*[None] * 6)
+        plan, cuts = self.plan, self.cuts or Cuts(*[None] * 6)
         items = self.batch * self.heads * plan.tiles
-        if self.parts:
-            items = parts.whole_items + self.batch * parts.cut * parts.each
+        if self.cuts:
+            items = cuts.whole_items + self.batch * cuts.cut * cuts.parts
         of_batch = self.batch * self.heads
         sizes |= {
             "p_out": OUT, "p_position": 1, "p_lanes": 1 + self.batch,
             "s_ob": self.heads * self.n * self.head_dim, "s_oh": self.n * self.head_dim, "s_on": self.head_dim,
             "sink": self.sink, "ring_window": self.slots - self.sink, "heavy_items": of_batch * plan.heavy,
             "group_items": of_batch * plan.per_block, **plan._asdict(), "items": items,
-            **(parts._asdict() if self.parts else {}),
+            **(cuts._asdict() if self.cuts else {}),
         }  # fmt: skip
         machine.run(
             "_forward", min(self.resident, items), self.resident, [0, *self.positions, *(self.lanes or [])],
-            **{**parts._asdict(), **tensors, **{name: Array(x) for name, x in sizes.items()}}, scale2=1.0, p_ticket=0,
+            **{**cuts._asdict(), **tensors, **{name: Array(x) for name, x in sizes.items()}}, scale2=1.0, p_ticket=0,
             GROUPS=self.groups, COLUMNS=self.columns, D=self.head_dim, STAGES=self.stages, Q_STAGES=2, REGISTERS=0,
             TURNS=self.turns, SINKS=self.sink > 0, RING=self.ring, LANES=self.lanes is not None, Q_SINK=self.apart,
-            STRADDLE=self.straddle, CUT=self.parts is not None,
+            STRADDLE=self.straddle, CUT=self.cuts is not None,
         )  # fmt: skip
 
     def rows(self, machine: Machine) -> Iterator[tuple[tuple[int, int, int], list[Tile]]]:
@@ -123,12 +124,12 @@ class Call:
                 for at in set(((addresses - OUT) // self.head_dim).tolist()):
                     b, rest = divmod(at, self.heads * self.n)
                     yield (b, *divmod(rest, self.n)), [x]
-        if self.parts:
+        if self.cuts:
             yield from self.rows_of_parts(machine)
 
     def rows_of_parts(self, machine: Machine) -> Iterator[tuple[tuple[int, int, int], list[Tile]]]:
         """Yield as `rows` those of items that are cut, of which each part was stored once, or told to have no keys."""
-        made, lse, plan, parts = {}, {}, self.plan, self.parts
+        made, lse, plan, cuts = {}, {}, self.plan, self.cuts
         for addresses, x in machine.stored:
             found, base, size = (made, PART, 64 * self.head_dim) if isinstance(x, Tile) else (lse, PART_LSE, 64)
             if addresses.max() >= base:
@@ -138,12 +139,12 @@ class Call:
         assert made.keys() == {unit for unit, x in lse.items() if x[0] == 0}
         of_batch = self.batch * self.heads
         sizes = (of_batch * plan.heavy, of_batch * plan.per_block, *plan)
-        for at in range(self.batch * parts.cut):
-            head, block, tile = place_of.fn(item_of_cut.fn(at, parts.whole, parts.cut), *sizes)
+        for at in range(self.batch * cuts.cut):
+            head, block, tile = place_of.fn(item_of_cut.fn(at, cuts.whole, cuts.cut), *sizes)
             grid = (self.n, self.pattern.block_size, self.pattern.grid_start, self.groups * 64)
             first, end = rows_of.fn(block, tile, *grid)
             for row in range(first, min(first + self.groups * 64, end)):
-                units = [(at * parts.each + i) * self.groups + (row - first) // 64 for i in range(parts.each)]
+                units = [(at * cuts.parts + i) * self.groups + (row - first) // 64 for i in range(cuts.parts)]
                 assert lse.keys() >= set(units)
                 yield (*divmod(head, self.heads), row), [made[x] for x in units if x in made]
 
@@ -172,7 +173,7 @@ class Call:
             seen = sum((Counter(keys_of(x, at, homes, self.columns)) for x in made), Counter())
             assert seen == self.expected(b, row), at
         lse = [x for addresses, value in machine.stored if not isinstance(value, Tile) for x in addresses.tolist()]
-        cut = dict(self.rows_of_parts(machine)) if self.parts else ()
+        cut = dict(self.rows_of_parts(machine)) if self.cuts else ()
         whole = [(b * self.heads + h) * self.n + row for (b, h, row), _ in rows if (b, h, row) not in cut]
         assert sorted(x - LSE for x in lse if x < PART) == sorted(whole)
 
@@ -295,10 +296,13 @@ MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) te
         "last = min(max(high - before, 0), tiles)", "last = min(max(high - before + 1, 0), tiles)",
     )),
     "a part goes to the place of another": ("on a ring, cut", "assert", PRODUCER, (
-        "unit = (at - parts.whole_items) * GROUPS", "unit = (at - parts.whole_items)",
+        "unit = (at - cuts.whole_items) * GROUPS", "unit = (at - cuts.whole_items)",
     )),
     "of a part without keys nobody tells": ("on a ring, cut", "assert", PRODUCER, (
         "for g in gl.static_range(GROUPS):\n            gl.store", "for g in gl.static_range(0):\n            gl.store",
+    )),
+    "a part begins at the first of the call's own sinks": ("on a ring, cut", "assert", PRODUCER, (
+        "i_kv, sinks_at, sinks,", "i_kv, 0, sinks,",
     )),
     "an item that is cut is written whole": ("on a ring, cut", "assert|race", KEEP, (
         "item.unit > 0", "item.unit > 10**6",

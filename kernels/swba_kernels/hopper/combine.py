@@ -1,4 +1,4 @@
-"""The merge of partial decode results: float32 outputs and base-2 log-sum-exps of the parts of a query tile's keys.
+"""The merge of partial results, of a decode or a prefill: float32 outputs and base-2 log-sum-exps of parts of the keys.
 
 A unit is 64 query rows of one part: rows [64 u, 64 u + 64) of the workspace. N queries, H heads, D head dim.
 """
@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from .assembler import own_assembler
 from .compat import allow_dependents, await_prerequisites
+from .forward_cut import merge_of
 
 FIELDS = gl.constexpr(6)  # of an entry in the table: row, head, first query, first unit, units between parts, parts
 MAX_PARTS = 64
@@ -90,3 +91,29 @@ def combine(
         p_part, p_part_lse, p_out, p_lse, i_b, i_h, first, n, unit, step, parts, heads, n,
         stride_ob, stride_oh, stride_on, D, ROWS, AT_ONCE,
     )  # fmt: skip
+
+
+@own_assembler
+@gluon.jit(
+    do_not_specialize=[
+        "whole", "cut", "parts", "heads", "n", "block_size", "grid_start", "heavy_items", "group_items", "last",
+        "per_block", "lacking", "heavy", "light", "stride_ob", "stride_oh", "stride_on",
+    ]
+)  # fmt: skip
+def combine_cut(
+    p_part, p_part_lse, p_out, p_lse, whole, cut, parts, heads, n, block_size, grid_start,
+    heavy_items, group_items, last, per_block, lacking, heavy, light, stride_ob, stride_oh, stride_on,
+    GROUPS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, AT_ONCE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Own ROWS rows of an item of a prefill that is cut along the keys."""
+    head, first, end, unit = merge_of(
+        gl.program_id(0), whole, cut, parts, GROUPS, n, block_size, grid_start,
+        heavy_items, group_items, last, per_block, lacking, heavy, light,
+    )  # fmt: skip
+    if first + gl.program_id(1) * ROWS < end:
+        i_b = (head // heads).to(gl.int64)
+        i_h = (head % heads).to(gl.int64)
+        add_up(
+            p_part, p_part_lse, p_out, p_lse, i_b, i_h, first, end, unit, GROUPS, parts, heads, n,
+            stride_ob, stride_oh, stride_on, D, ROWS, AT_ONCE,
+        )  # fmt: skip

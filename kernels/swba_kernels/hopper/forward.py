@@ -1,8 +1,9 @@
 """Forward attention over the block window on Hopper, for training and for prefill on top of a ring's history.
 
 A CTA is one producer (forward_producer.py) and two to four consumers (forward_consumer.py). CTAs are persistent: the
-producer takes one work item of forward_plan.py after the other, and tells its consumers by a note. Small blocks at head
-dim 64 have a kernel of their own (forward_small.py).
+producer takes one work item of forward_plan.py after the other, and tells its consumers by a note. On a ring some
+items may come in parts (forward_cut.py), which a second launch adds up. Small blocks at head dim 64 have a kernel of
+their own (forward_small.py).
 
 B batch, H query heads, Hkv key/value heads, N tokens, D head dim, L ring lanes, S ring slots.
 """
@@ -21,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..portable.forward import LOG2E, Ring
 from .assembler import own_assembler
-from .combine import PARTS_AT_ONCE, rows_of_program
+from .combine import PARTS_AT_ONCE, combine_cut, rows_of_program
 from .forward_consumer import consume
-from .forward_cut import Cut, Parts, choose_cut, combine_cut
+from .forward_cut import Cut, Cuts, Load, choose_cut
 from .forward_keep import Outputs
 from .forward_plan import plan_forward
 from .forward_producer import Inputs, produce
@@ -39,7 +40,7 @@ from .supports import sees_all
     do_not_specialize=[
         "s_ob", "s_oh", "s_on", "scale2", "heads", "group", "n", "block_size", "window", "sink", "grid_start",
         "ring_window", "heavy_items", "group_items", "last", "per_block", "lacking", "heavy", "light", "items",
-        "whole_items", "whole", "cut", "each",
+        "whole_items", "whole", "cut", "parts",
     ],
     do_not_specialize_on_alignment=["p_position", "p_lanes"],
 )  # fmt: skip
@@ -47,7 +48,7 @@ def _forward(
     q_desc, q_sink_desc, k_desc, v_desc, out_desc, ring_k_desc, ring_v_desc, p_out, p_lse, p_position, p_lanes,
     s_ob, s_oh, s_on, scale2, heads, group, n, block_size, window, sink, grid_start, ring_window,
     heavy_items, group_items, last, per_block, lacking, heavy, light, items, p_ticket,
-    whole_items, whole, cut, each, p_part, p_part_lse,
+    whole_items, whole, cut, parts, p_part, p_part_lse,
     GROUPS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, TURNS: gl.constexpr, SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr,
     Q_SINK: gl.constexpr, STRADDLE: gl.constexpr, CUT: gl.constexpr,
@@ -83,29 +84,29 @@ def _forward(
         heads, group, n, block_size, window, sink, grid_start, ring_window, p_position, p_lanes,
         heavy_items, group_items, last, per_block, lacking, heavy, light, items, p_ticket,
     )  # fmt: skip
-    parts = Parts(whole_items, whole, cut, each, p_part, p_part_lse)
+    cuts = Cuts(whole_items, whole, cut, parts, p_part, p_part_lse)
     SEGMENTS: gl.constexpr = (5 if Q_SINK else 4) if RING else (2 if SINKS else 1)
     # Constants cannot sit in a tuple bound to a name, so the argument lists are spelled out.
     if GROUPS == 2:
         gl.warp_specialize([
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
-            (produce, (inputs, buffers, bars, call, parts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
+            (produce, (inputs, buffers, bars, call, cuts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif GROUPS == 3:
         gl.warp_specialize([
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 2)),
-            (produce, (inputs, buffers, bars, call, parts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 2)),
+            (produce, (inputs, buffers, bars, call, cuts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 2)),
-            (consume, (outputs, buffers, bars, call, parts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 3)),
-            (produce, (inputs, buffers, bars, call, parts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 0)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 1)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 2)),
+            (consume, (outputs, buffers, bars, call, cuts, scale2, SEGMENTS, RING, Q_SINK, STRADDLE, CUT, TURNS, 3)),
+            (produce, (inputs, buffers, bars, call, cuts, SINKS, RING, LANES, Q_SINK, STRADDLE, CUT)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
@@ -160,19 +161,19 @@ def choose_config(head_dim: int, block_size: int, window: int, ring: bool, strad
 
 
 def cut_of_call(items: int, lanes: int, keys: int, config: Config, head_dim: int, multiprocessors: int) -> Cut | None:
-    """Return the cut that `choose_cut` has for a row of `items`, whose blocks see at most `keys` keys."""
+    """Return how the `items` of a row are cut in a call on a ring, whose blocks see at most `keys` keys."""
     rows, columns = config.groups * 64, config.columns
     tile_time = rows * columns * head_dim * 4 * 132 / (config.rate * 1e6)
-    return choose_cut(items, lanes, -(-keys // columns), tile_time, rows, head_dim, multiprocessors)
+    return choose_cut(Load(items, -(-keys // columns), tile_time, rows, head_dim, multiprocessors), lanes)
 
 
-def parts_of_call(cut: Cut | None, batch: int, groups: int, head_dim: int, device: torch.device) -> Parts:
-    """Return what the kernel is told of a cut, with new workspaces."""
+def cuts_of_call(cut: Cut | None, batch: int, groups: int, head_dim: int, device: torch.device) -> Cuts:
+    """Return what the kernels are told of a cut, with new workspaces."""
     if cut is None:
-        return Parts(*[None] * len(Parts._fields))
+        return Cuts(*[None] * len(Cuts._fields))
     rows = batch * cut.cut * cut.parts * groups * 64
     part, part_lse = (torch.empty(rows, x, dtype=torch.float32, device=device) for x in (head_dim, 1))
-    return Parts(batch * cut.whole, *cut, part, part_lse)
+    return Cuts(batch * cut.whole, *cut, part, part_lse)
 
 
 def forward(
@@ -192,6 +193,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attend from each token to its block window, and to the history in `ring` if there is one.
 
+    The bits of a row of the batch depend on its own numbers, the sizes of the call without its rows, those of the ring
+    and the GPU, not on the other rows: unless they are more than the ring has lanes, when nothing is cut.
+
     Args:
         q: [B, H, N, D], the call's own tokens; D 64 or 128, float16 or bfloat16.
         k, v: [B, Hkv, N, D].
@@ -201,7 +205,7 @@ def forward(
         q_sink: the queries that read sinks, wherever they lie, in place of q; with the shape of q.
         ring: history of each row.
         config: replaces the choice of `choose_config`, and the kernel for small blocks.
-        cut: replaces the choice of `choose_cut`; of no account without a ring, and with q_sink.
+        cut: replaces the choice of `choose_cut`, on a ring and without q_sink; one that cuts nothing leaves all whole.
 
     Returns:
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
@@ -235,15 +239,17 @@ def forward(
     rows = config.columns
     rings = (None, None) if ring is None else (descriptor(ring.k, rows), descriptor(ring.v, rows))
     position, lanes, ring_window = (None, None, 1) if ring is None else (*ring[2:], ring.k.shape[2] - sink)
-    if ring is None or q_sink is not None or (cut and cut.cut == 0):
+    items = heads * plan.tiles  # of a row
+    if ring is None or q_sink is not None:
         cut = None
-    elif cut is None:
-        sms = multiprocessors(q.device)
-        cut = cut_of_call(heads * plan.tiles, ring.k.shape[0], window + sink, config, head_dim, sms)
-    if cut is not None and cut.whole + cut.cut != heads * plan.tiles:
-        raise ValueError(f"cut: expected {heads * plan.tiles} items of a row in all, got {cut.whole} + {cut.cut}")
-    parts = parts_of_call(cut, batch, config.groups, head_dim, q.device)
-    items = batch * (heads * plan.tiles if cut is None else cut.whole + cut.cut * cut.parts)
+    elif cut is None and batch <= ring.k.shape[0]:
+        cut = cut_of_call(items, ring.k.shape[0], window + sink, config, head_dim, multiprocessors(q.device))
+    elif cut is not None and (min(cut) < 0 or cut.parts < min(cut.cut, 1) + 1 or cut.whole + cut.cut != items):
+        raise ValueError(f"cut: expected {items} items of a row, of which some come in two parts or more, got {cut}")
+    if cut is not None and cut.cut == 0:
+        cut = None
+    cuts = cuts_of_call(cut, batch, config.groups, head_dim, q.device)
+    items = batch * (items if cut is None else cut.whole + cut.cut * cut.parts)
     ctas = min(multiprocessors(q.device), items)
     of_plan = (batch * heads * plan.heavy, batch * heads * plan.per_block, *plan)
     ticket = (torch.zeros if items > ctas else torch.empty)(1, dtype=torch.int32, device=q.device)
@@ -252,7 +258,7 @@ def forward(
         descriptor(k, rows), descriptor(v, rows), descriptor(out, 64), *rings,
         out, lse, position, lanes, *out.stride()[:3], max(scale * LOG2E, 1e-30),
         heads, heads // k.shape[1], n, block_size, window, sink, grid_start, ring_window,
-        *of_plan, items, ticket, *parts,
+        *of_plan, items, ticket, *cuts,
         GROUPS=config.groups, COLUMNS=config.columns, D=head_dim, STAGES=config.stages, Q_STAGES=config.q_stages,
         REGISTERS=config.registers, TURNS=config.turns,
         SINKS=sink > 0, RING=ring is not None, LANES=lanes is not None, Q_SINK=q_sink is not None,
@@ -261,7 +267,7 @@ def forward(
     if cut is not None:
         height = rows_of_program(head_dim)
         combine_cut[(batch * cut.cut * config.groups, 64 // height)](
-            parts.p_part, parts.p_part_lse, out, lse, *cut, heads, n, block_size, grid_start, *of_plan,
+            cuts.p_part, cuts.p_part_lse, out, lse, *cut, heads, n, block_size, grid_start, *of_plan,
             *out.stride()[:3], GROUPS=config.groups, D=head_dim, ROWS=height, AT_ONCE=PARTS_AT_ONCE,
             num_warps=4, launch_pdl=True,
         )  # fmt: skip

@@ -308,7 +308,7 @@ def _sit_out(
 
 @gluon.jit
 def consume(
-    outputs, buffers, bars, call, parts, scale2,
+    outputs, buffers, bars, call, cuts, scale2,
     SEGMENTS: gl.constexpr, RING: gl.constexpr, Q_SINK: gl.constexpr, STRADDLE: gl.constexpr, CUT: gl.constexpr,
     TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -334,7 +334,7 @@ def consume(
                 acc, top, total, q_stage, q_phase, stage, phase = _attend(
                     item, scale2, buffers, bars, q_stage, q_phase, stage, phase, SEGMENTS, SINKS_FROM, TURNS, GROUP
                 )
-            keep(acc, top, total, item, row, buffers.out.index(GROUP), outputs, call, parts, CUT, GROUP)
+            keep(acc, top, total, item, row, buffers.out.index(GROUP), outputs, call, cuts, CUT, GROUP)
         else:
             q_stage, q_phase, stage, phase = _sit_out(
                 item, buffers, bars, q_stage, q_phase, stage, phase, Q_SINK, TURNS, GROUP

@@ -2,9 +2,11 @@
 
 A prefill has few work items: 156 tiles of queries keep 132 multiprocessors busy for one round, and 24 of them for
 another. So of each batch row's items the last ones are cut into parts, which are items of their own; they come after
-the whole ones, leave float32 partial results in a workspace, and `combine_cut` adds those up. A part is a fraction of
-the key tiles that its block sees, on the device. How a row's items are cut depends on capacities alone, the number of
-ring lanes among them, and not on the rows of a call: nor do a row's bits.
+the whole ones, leave float32 partial results in a workspace, and a second launch (`combine_cut`) adds those up. A part
+is a fraction of the key tiles that its block sees, counted on the device.
+
+How a row's items are cut depends on the call's sizes without its rows, on the ring's, its lanes among them, and on the
+GPU: on nothing that another row brings along, so neither do a row's bits.
 
 A unit is 64 query rows of one part: rows [64 u, 64 u + 64) of the workspace.
 """
@@ -17,8 +19,6 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .assembler import own_assembler
-from .combine import MAX_PARTS, add_up
 from .forward_plan import place_of, rows_of
 
 
@@ -30,58 +30,81 @@ class Cut(NamedTuple):
     parts: int
 
 
-class Parts(NamedTuple):
-    """How the items of a launch are cut, and where partial results go; all None if none is cut."""
+class Cuts(NamedTuple):
+    """What the kernels are told of a Cut, and where partial results go; all None if no item is cut."""
 
     whole_items: Any  # of all rows
-    whole: Any  # of a row, as in Cut
+    whole: Any  # of a row
     cut: Any
-    each: Any  # parts of an item that is cut
+    parts: Any  # of an item that is cut
     p_part: Any  # float32 [units, 64, D]
     p_part_lse: Any  # float32 [units, 64], to base 2
 
 
-# Fitted to 18 prefills on an H200, each by up to 16 cuts: within 12% at head dim 64, and 5% at 128.
+# Fitted to 18 prefills on full rings of an H200, each by up to 16 cuts: RMS 15% off at head dim 64, 5% at 128.
 _ITEM = 0.5  # microseconds of an item besides its tiles
 _MERGE = {64: 4.0, 128: 6.0}  # of the merge besides its bytes, by head dim
 _MERGE_BYTES = 2.5e6  # of partial results, written and read in a microsecond
 _FEWEST_TILES = 2  # of a part
+_MOST_PARTS = 32
 _GAIN = 0.97  # a cut must take less than this of the time without
 
 
-@lru_cache(maxsize=1024)
-def choose_cut(
-    items: int, lanes: int, tiles: int, tile_time: float, rows: int, head_dim: int, multiprocessors: int
-) -> Cut | None:
-    """Return how the items of a batch row are best cut; None if they are best left whole.
+class Load(NamedTuple):
+    """Sizes that decide about cuts.
 
-    Args:
+    Attributes:
         items: of a batch row.
-        lanes: batch rows that are taken to run at once.
         tiles: of keys that a block sees at most.
         tile_time: microseconds of a tile of queries against one of keys.
         rows: of a tile of queries.
+        head_dim: 64 or 128.
+        multiprocessors: of the GPU.
     """
 
-    def time(cut: Cut) -> float:
-        whole, part = (tile_time * x + _ITEM for x in (tiles, -(-tiles // cut.parts)))
-        rounds, late = divmod(lanes * cut.whole, multiprocessors)
-        left, early = lanes * cut.cut * cut.parts, multiprocessors - late
-        beside = early * int(whole / part) if late else 0  # parts that run beside the last whole items
-        if late and left <= beside:
-            end = (rounds + 1) * whole
-        else:
-            end = (rounds + (late > 0)) * whole + -(-(left - beside) // multiprocessors) * part
-        if cut.cut:
-            end += _MERGE[head_dim] + left * rows * head_dim * 4 * 2 / _MERGE_BYTES
-        return end
+    items: int
+    tiles: int
+    tile_time: float
+    rows: int
+    head_dim: int
+    multiprocessors: int
 
-    uncut = Cut(items, 0, 1)
-    rounds = -(-items * lanes // multiprocessors)
-    wholes = {min(i * multiprocessors // lanes, items - 1) for i in range(rounds)}
-    parts = range(2, min(tiles // _FEWEST_TILES, MAX_PARTS) + 1)
-    best = min((Cut(x, items - x, p) for x in wholes for p in parts), key=time, default=uncut)
-    return best if time(best) < _GAIN * time(uncut) else None
+
+def time_of(cut: Cut, load: Load, batch: int) -> float:
+    """Return about how many microseconds `batch` rows take by a cut, on a full ring.
+
+    Whoever is free takes the next item; parts begin while the last whole items run, where these leave room.
+    """
+    whole, part = (load.tile_time * x + _ITEM for x in (load.tiles, -(-load.tiles // cut.parts)))
+    rounds, busy = divmod(batch * cut.whole, load.multiprocessors)
+    parts = batch * cut.cut * cut.parts
+    beside = (load.multiprocessors - busy) * int(whole / part) if busy else 0
+    time = (rounds + (busy > 0)) * whole + -(-max(parts - beside, 0) // load.multiprocessors) * part
+    if parts:
+        time += _MERGE[load.head_dim] + parts * load.rows * load.head_dim * 4 * 2 / _MERGE_BYTES
+    return time
+
+
+@lru_cache(maxsize=1024)
+def choose_cut(load: Load, lanes: int) -> Cut | None:
+    """Return how the items of a batch row are best cut; None if they are best left whole.
+
+    A call may have as many rows as the ring has `lanes`, or one: a cut gains over both and loses in neither.
+    """
+    rounds = -(-load.items * lanes // load.multiprocessors)
+    if (1 - _GAIN) * rounds > 1:  # a cut saves a round at most
+        return None
+    uncut = Cut(load.items, 0, 1)
+    base = [time_of(uncut, load, batch) for batch in (1, lanes)]
+
+    def gain(cut: Cut) -> float:
+        one, all_lanes = (time_of(cut, load, batch) / before for batch, before in zip((1, lanes), base, strict=True))
+        return one * all_lanes if max(one, all_lanes) <= 1 else 1.0
+
+    wholes = {min(i * load.multiprocessors // batch, load.items - 1) for batch in (1, lanes) for i in range(rounds)}
+    parts = range(2, min(load.tiles // _FEWEST_TILES, _MOST_PARTS) + 1)
+    best = min((Cut(x, load.items - x, p) for x in wholes for p in parts), key=gain, default=uncut)
+    return best if gain(best) < _GAIN**2 else None
 
 
 @gluon.jit
@@ -91,17 +114,34 @@ def item_of_cut(at, whole, cut):
 
 
 @gluon.jit
-def part_of(at, parts):
+def part_of(at, cuts):
     """Return (item, part, count) of the `at`th piece of work; part 0 of 1 is a whole item."""
-    if at < parts.whole_items:
-        item = at // parts.whole * (parts.whole + parts.cut) + at % parts.whole
+    if at < cuts.whole_items:
+        item = at // cuts.whole * (cuts.whole + cuts.cut) + at % cuts.whole
         part = 0
         count = 1
     else:
-        item = item_of_cut((at - parts.whole_items) // parts.each, parts.whole, parts.cut)
-        part = (at - parts.whole_items) % parts.each
-        count = parts.each
+        item = item_of_cut((at - cuts.whole_items) // cuts.parts, cuts.whole, cuts.cut)
+        part = (at - cuts.whole_items) % cuts.parts
+        count = cuts.parts
     return item, part, count
+
+
+@gluon.jit
+def merge_of(
+    at, whole, cut, parts, groups, n, block_size, grid_start,
+    heavy_items, group_items, last, per_block, lacking, heavy, light,
+):  # fmt: skip
+    """Return (head, first row, end of the block, first unit) of the `at`th merge, of 64 rows of an item that is cut.
+
+    Units of the same rows are `groups` apart. The first row may lie past the end of the block: then there is nothing.
+    """
+    i_cut = at // groups
+    group = at % groups
+    item = item_of_cut(i_cut, whole, cut)
+    head, block, tile = place_of(item, heavy_items, group_items, last, per_block, lacking, heavy, light)
+    first, end = rows_of(block, tile, n, block_size, grid_start, groups * 64)
+    return head, first + group * 64, end, i_cut * parts * groups + group
 
 
 @gluon.jit
@@ -134,31 +174,3 @@ def in_front(own, sinks, ring, low):
             ring = low
             low = 0
     return own, sinks, ring, low
-
-
-@own_assembler
-@gluon.jit(
-    do_not_specialize=[
-        "whole", "cut", "parts", "heads", "n", "block_size", "grid_start", "heavy_items", "group_items", "last",
-        "per_block", "lacking", "heavy", "light", "stride_ob", "stride_oh", "stride_on",
-    ]
-)  # fmt: skip
-def combine_cut(
-    p_part, p_part_lse, p_out, p_lse, whole, cut, parts, heads, n, block_size, grid_start,
-    heavy_items, group_items, last, per_block, lacking, heavy, light, stride_ob, stride_oh, stride_on,
-    GROUPS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, AT_ONCE: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """Own ROWS rows of a cut item: add up its parts in increasing order."""
-    at = gl.program_id(0)
-    item = item_of_cut(at // GROUPS, whole, cut)
-    head, block, tile = place_of(item, heavy_items, group_items, last, per_block, lacking, heavy, light)
-    first, end = rows_of(block, tile, n, block_size, grid_start, GROUPS * 64)
-    first += at % GROUPS * 64
-    if first + gl.program_id(1) * ROWS < end:
-        unit = at // GROUPS * parts * GROUPS + at % GROUPS
-        i_b = (head // heads).to(gl.int64)
-        i_h = (head % heads).to(gl.int64)
-        add_up(
-            p_part, p_part_lse, p_out, p_lse, i_b, i_h, first, end, unit, GROUPS, parts, heads, n,
-            stride_ob, stride_oh, stride_on, D, ROWS, AT_ONCE,
-        )  # fmt: skip

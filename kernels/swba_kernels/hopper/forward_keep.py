@@ -54,22 +54,22 @@ def _write(acc, top, total, i_b, i_h, row, end, smem, outputs, call):
 
 
 @gluon.jit
-def _write_part(acc, top, total, unit, parts):
+def _write_part(acc, top, total, unit, cuts):
     """Store 64 rows of a part's result in the workspace."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     top, total = row_state(top, total, ROWS)
     rows = unit.to(gl.int64) * 64 + gl.arange(0, 64, layout=ROWS)
     columns = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
-    gl.store(parts.p_part_lse + rows, top + gl.log2(total))
-    gl.store(parts.p_part + (rows[:, None] * acc.shape[1] + columns[None, :]), acc * (1.0 / total)[:, None])
+    gl.store(cuts.p_part_lse + rows, top + gl.log2(total))
+    gl.store(cuts.p_part + (rows[:, None] * acc.shape[1] + columns[None, :]), acc * (1.0 / total)[:, None])
 
 
 @gluon.jit
-def keep(acc, top, total, item, row, smem, outputs, call, parts, CUT: gl.constexpr, GROUP: gl.constexpr):
+def keep(acc, top, total, item, row, smem, outputs, call, cuts, CUT: gl.constexpr, GROUP: gl.constexpr):
     """Store 64 rows from `row` on, of a whole item in out, of a part in the workspace."""
     if CUT:
         if item.unit > 0:
-            _write_part(acc, top, total, item.unit - 1 + GROUP, parts)
+            _write_part(acc, top, total, item.unit - 1 + GROUP, cuts)
         else:
             _write(acc, top, total, item.i_b, item.i_h, row, item.end, smem, outputs, call)
     else:

@@ -120,12 +120,12 @@ def _copy_item(
 
 @gluon.jit
 def _copy_share(
-    at, inputs, buffers, bars, call, parts, stage, phase, q_stage, q_phase, SINKS: gl.constexpr, LANES: gl.constexpr
+    at, inputs, buffers, bars, call, cuts, stage, phase, q_stage, q_phase, SINKS: gl.constexpr, LANES: gl.constexpr
 ):
     """Copy as `_copy_item` on a ring without Q_SINK, where an item may be a part of one: what its share of tiles is."""
     GROUPS: gl.constexpr = buffers.out.shape[0]
     COLUMNS: gl.constexpr = buffers.k.shape[1]
-    whole, part, count = part_of(at, parts)
+    whole, part, count = part_of(at, cuts)
     i_b, i_h, row, end = place(whole, call, GROUPS * 64, False)
     first, sinks, start, held, low, _, _ = keys_of(i_b, end, call, True, False)
     own = end - first
@@ -139,7 +139,7 @@ def _copy_share(
     low_at, low = share_of(low, before_low, begin, stop, COLUMNS)
     if SINKS:
         sinks_at, sinks = share_of(sinks, before_ring - tiles_of(sinks, COLUMNS), begin, stop, COLUMNS)
-    unit = (at - parts.whole_items) * GROUPS
+    unit = (at - cuts.whole_items) * GROUPS
     if begin < stop:
         unit = unit + 1 if count > 1 else 0
         item = Item(row, end, i_b, i_h, first, *in_front(own, sinks, held, low), 0, unit)
@@ -157,13 +157,13 @@ def _copy_share(
         at_row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [gl.num_warps()], [0]))
         nothing = gl.full([64], float("-inf"), gl.float32, at_row.type.layout)
         for g in gl.static_range(GROUPS):
-            gl.store(parts.p_part_lse + (unit + g).to(gl.int64) * 64 + at_row, nothing)
+            gl.store(cuts.p_part_lse + (unit + g).to(gl.int64) * 64 + at_row, nothing)
     return stage, phase, q_stage, q_phase
 
 
 @gluon.jit
 def produce(
-    inputs, buffers, bars, call, parts,
+    inputs, buffers, bars, call, cuts,
     SINKS: gl.constexpr, RING: gl.constexpr, LANES: gl.constexpr, Q_SINK: gl.constexpr, STRADDLE: gl.constexpr,
     CUT: gl.constexpr,
 ):  # fmt: skip
@@ -176,7 +176,7 @@ def produce(
     while at < call.items:
         if CUT:
             stage, phase, q_stage, q_phase = _copy_share(
-                at, inputs, buffers, bars, call, parts, stage, phase, q_stage, q_phase, SINKS, LANES
+                at, inputs, buffers, bars, call, cuts, stage, phase, q_stage, q_phase, SINKS, LANES
             )
         else:
             stage, phase, q_stage, q_phase = _copy_item(
