@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 import pytest
+import specialized
 import torch
 from aot import SHARED_LIMIT, Report, assembler_warnings, compile_launches, instructions
 from hopper_launches import cut_decode, empty, prefill, rows, straddle, stream, train
@@ -199,3 +200,10 @@ def test_a_tiles_second_matmul_runs_beside_its_exponentials(name: str) -> None:
             beside += 1
     assert len(counts) >= 2
     assert min(counts) >= 64
+
+
+@pytest.mark.parametrize("name", specialized.KERNELS)
+def test_kernels_for_racecheck_differ_by_an_mbarrier(name: str) -> None:
+    ((_, report),) = compile_launches(lambda: specialized.call(name, "meta"))
+    assert "ld.shared" in report.ptx
+    assert ("mbarrier" in report.ptx) == (name == "by_a_barrier")

@@ -24,8 +24,8 @@ RACECHECK = ("racecheck", "--racecheck-report", "analysis")
 
 # Between which functions racecheck sees hazards; "triton" is Triton's own code for warp_specialize.
 EXPLAINED = {
-    # What it tells the other warps, before a hardware barrier of all threads. (Why racecheck names it is not known: it
-    # follows such barriers in `racecheck.cu`.)
+    # What it tells the other warps, before a hardware barrier of all threads. racecheck names it where a kernel has an
+    # mbarrier, too, and not otherwise, as `specialized.py` shows.
     frozenset({"triton"}),
     # A note is read behind a barrier at which one thread arrives for its partition, and written again behind another
     # such: racecheck follows a thread's own arrivals only, as `racecheck.cu` shows.
@@ -69,6 +69,14 @@ def test_no_access_outside_of_an_allocation(call, head_dim) -> None:
 def test_no_race_without_an_explanation(call, head_dim) -> None:
     found = races(watch(RACECHECK, call, head_dim))
     assert found <= EXPLAINED, found - EXPLAINED
+
+
+@pytest.mark.parametrize(("kernel", "hazards"), [("alone", False), ("by_a_barrier", True)])
+def test_racecheck_names_tritons_own_code_where_there_is_an_mbarrier(kernel, hazards) -> None:
+    """Else the explanation of hazards in that code does not hold."""
+    report = sanitize(RACECHECK, sys.executable, str(Path(__file__).with_name("specialized.py")), kernel)
+    assert f"ran {kernel}" in report, report
+    assert (count(report) > 0) == hazards, report
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
