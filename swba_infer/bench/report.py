@@ -92,7 +92,9 @@ def plot_attention(path: Path, report: Mapping[str, Any]) -> bool:
     if not passes:
         return False
     known = list(dict.fromkeys(row["variant"] for row in rows))  # a variant has one colour in all panels
-    figure, axes = pyplot.subplots(len(passes), 1, figsize=(12, 3.6 * len(passes)), squeeze=False, layout="constrained")
+    most = max(len({row["shape"] for row in rows if row["pass"] == which}) for which in passes)
+    size = (max(12.0, 1.5 * most), 3.6 * len(passes))
+    figure, axes = pyplot.subplots(len(passes), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, which in zip(axes[:, 0], passes, strict=True):
         chosen = [row for row in rows if row["pass"] == which]
         shapes = list(dict.fromkeys(row["shape"] for row in chosen))
