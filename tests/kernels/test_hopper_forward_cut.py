@@ -219,8 +219,11 @@ class TestLaunches:
         assert adds["GROUPS"] == config.groups
 
     def test_a_row_is_cut_alike_whatever_the_call_brings_along(self) -> None:
-        of_one, of_two = (launches(batch, 2)[0][1] for batch in (1, 2))
-        assert all(of_one[x] == of_two[x] is not None for x in ("whole", "cut", "parts"))
+        config, _ = choose_config(128, 333, 2997, True, False)
+        assert cut_of_call(24, 1, 2997, config, 128, 132) != cut_of_call(24, 3, 2997, config, 128, 132)
+        of_one, of_three = (launches(batch, 3)[0][1] for batch in (1, 3))
+        assert of_one["CUT"] == of_three["CUT"]
+        assert all(of_one[x] == of_three[x] for x in Cut._fields)
 
     def test_more_rows_than_lanes_are_not_cut(self) -> None:
         ((_, call),) = launches(2, 1)
