@@ -124,6 +124,7 @@ def test_a_tensor_of_any_layout_gets_what_was_cut() -> None:
 
 
 def test_a_graph_follows_the_rings_position_through_every_stage() -> None:
+    from swba_kernels.hopper.forward_cut import Cut
     from swba_kernels.portable.forward import Ring
 
     pattern = BlockWindow(150, 450, 40)
@@ -131,7 +132,8 @@ def test_a_graph_follows_the_rings_position_through_every_stage() -> None:
     rings = ring_of(pattern, stages, 2, 128, torch.bfloat16, 0)
     q, k, v = qkv(Case(pattern, 300, 4, 2, 128, batch=1), torch.bfloat16, "cuda")
     position, lanes = torch.tensor([0], device="cuda"), torch.tensor([0], device="cuda")
-    for cut in cuts(items_of(300, pattern, 128, 4)):
+    items = items_of(300, pattern, 128, 4)
+    for cut in (Cut(items, 0, 1), *cuts(items)):
         call(q, k, v, pattern, ring=Ring(*rings, position, lanes), cut=cut)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

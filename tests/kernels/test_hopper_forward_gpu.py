@@ -311,25 +311,6 @@ def test_prefill_without_lane_numbers_and_with_small_blocks(seed, head_dim) -> N
     assert_lse_close(lse, oracle_lse)
 
 
-def test_a_graph_follows_the_rings_position() -> None:
-    from swba_kernels.portable.forward import Ring
-
-    pattern = BlockWindow(150, 450, 40)
-    stages = [0, 200, 490, 1000]
-    rings = ring_of(pattern, stages, 2, 128, torch.bfloat16, 0)
-    q, k, v = qkv(Case(pattern, 300, 4, 2, 128, batch=1), torch.bfloat16, "cuda")
-    position, lanes = torch.tensor([0], device="cuda"), torch.tensor([0], device="cuda")
-    call(q, k, v, pattern, ring=Ring(*rings, position, lanes))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call(q, k, v, pattern, ring=Ring(*rings, position, lanes))
-    for lane in (3, 0, 2, 1):
-        position.fill_(stages[lane])
-        lanes.fill_(lane)
-        graph.replay()
-        equal_rows(captured, call(q, k, v, pattern, ring=Ring(*rings, position, lanes)), slice(None))
-
-
 @pytest.mark.parametrize("straddle", [False, True])
 def test_sizes_compile_nothing_new(straddle) -> None:
     from swba_kernels.hopper import forward
