@@ -12,7 +12,7 @@ import pytest
 import specialized
 import torch
 from aot import SHARED_LIMIT, Report, assembler_warnings, compile_launches, instructions
-from hopper_launches import cut_decode, empty, prefill, rows, straddle, stream, train
+from hopper_launches import cut_decode, empty, on_ring, prefill, rows, straddle, stream, train
 
 from swba_infer.bench.shapes import SETS, Shape
 from swba_kernels.hopper.assembler import tritons_own_assembler
@@ -164,6 +164,13 @@ def test_every_configuration_of_the_decode(head_dim: int, config: Config, sink: 
         by_shared = SHARED // (-(-(report.shared + 1024) // 128) * 128)  # 1024 are the system's
         by_registers = 65536 // (-(-report.registers // 8) * 8 * 128)
         assert min(by_shared, by_registers) == config.resident
+
+
+@pytest.mark.parametrize("shape", SETS["prefill"], ids=lambda shape: shape.name)
+def test_prefills_of_the_benchmark(shape: Shape) -> None:
+    launches = compile_launches(lambda: on_ring(shape))
+    assert launches[0][0] == "_forward"
+    check(launches, " prefill")
 
 
 @pytest.mark.parametrize(("head_dim", "block_size", "sink", "lanes"), PREFILLS)

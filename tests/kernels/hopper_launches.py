@@ -78,8 +78,20 @@ def prefill(
     options = {"block_size": block_size, "window": 4 * block_size, "sink": sink, "grid_start": 0}
     q_sink = torch.empty_like(q) if apart else None
     items = items_of(3 * block_size, BlockWindow(block_size, 4 * block_size, sink), head_dim, 8)
-    cut = Cut(4, items - 4, parts) if parts > 1 else Cut(items, 0, 1)
+    cut = None if apart else Cut(4, items - 4, parts) if parts > 1 else Cut(items, 0, 1)
     forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(2), lanes), q_sink=q_sink, cut=cut, **options)
+
+
+def on_ring(shape: Shape) -> None:
+    """Launch a prefill of the benchmark, cut as is chosen for it."""
+    from swba_kernels.hopper.forward import forward
+    from swba_kernels.portable.forward import Ring
+
+    dtype, kv_heads, p = getattr(torch, shape.dtype), shape.kv_heads or shape.heads, shape.pattern
+    q, k = (empty(shape.batch, x, shape.tokens, shape.head_dim, dtype=dtype) for x in (shape.heads, kv_heads))
+    ring = torch.empty(shape.batch, kv_heads, p.sink + p.window, shape.head_dim, dtype=dtype, device="meta")
+    options = {"block_size": p.block_size, "window": p.window, "sink": p.sink, "grid_start": p.grid_start}
+    forward(q, k, k, scale=0.1, ring=Ring(ring, ring, rows(shape.batch), None), **options)
 
 
 def cut_decode(head_dim: int, config: Config, sink: int) -> None:

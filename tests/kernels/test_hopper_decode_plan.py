@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swba_kernels.hopper import decode, supports
-from swba_kernels.hopper.combine import MAX_PARTS
 from swba_kernels.hopper.decode_plan import (
     CONFIGS,
+    MAX_PARTS,
     MOST_SLOTS_BY_TILES,
     LanePlan,
     Table,

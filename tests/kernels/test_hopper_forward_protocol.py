@@ -29,7 +29,7 @@ from swba_kernels.hopper.forward_cut import Cuts, item_of_cut
 from swba_kernels.hopper.forward_plan import place_of, plan_forward, rows_of
 
 MODULES = ("compat", "pipeline", "notes", "starts", "forward_plan")
-OF_FORWARD = ("shared", "cut", "producer", "keep", "consumer")
+OF_FORWARD = ("shared", "cut", "producer", "outputs", "consumer")
 PERSISTENT = (*MODULES, *(f"forward_{name}" for name in OF_FORWARD), "forward")
 SMALL = (*MODULES, "small", "forward_small")
 OUT, LSE, PART, PART_LSE = 10**6, 10**9, 2 * 10**9, 3 * 10**9  # addresses
@@ -200,7 +200,7 @@ def test_under_any_schedule_every_row_is_made_of_the_keys_that_it_sees(kind) -> 
 
 
 CONSUMER, PRODUCER, KERNEL, PLAN = "forward_consumer", "forward_producer", "forward", "forward_plan"
-CUT, KEEP = "forward_cut", "forward_keep"
+CUT, OUTPUTS = "forward_cut", "forward_outputs"
 BLOCKS, SHARED = "forward_small", "small"
 MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) text)
     "keys are not waited for": ("whole blocks", "race: _issue_scores", CONSUMER, (
@@ -251,16 +251,16 @@ MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) te
         "        mbarrier.arrive(bars.k_empty",
     )),
     "the last start is not taken": ("whole blocks", "ends before", CONSUMER, ("    close_starts(TURNS, GROUP)\n", "")),
-    "rows are overwritten while they are sent": ("whole blocks", "race: _write", KEEP, (
+    "rows are overwritten while they are sent": ("whole blocks", "race: _write", OUTPUTS, (
         "        tma.store_wait(0)\n        smem.store", "        smem.store",
     )),
-    "rows are sent without a fence": ("whole blocks", "no fence", KEEP, (
+    "rows are sent without a fence": ("whole blocks", "no fence", OUTPUTS, (
         "        smem.store(out)\n        fence_async_shared()", "        smem.store(out)",
     )),
     "a program ends while its rows are sent": ("whole blocks", "ends before", CONSUMER, (
         "    close_starts(TURNS, GROUP)\n    tma.store_wait(0)", "    close_starts(TURNS, GROUP)",
     )),
-    "rows of the next block are written": ("whole blocks", "assert", KEEP, (
+    "rows of the next block are written": ("whole blocks", "assert", OUTPUTS, (
         "if (row + 64 <= end) | (end == call.n):", "if row >= 0:",
     )),
     "one key too many is hidden": ("whole blocks", "assert", CONSUMER, ("(column >= hidden)", "(column > hidden)")),
@@ -304,7 +304,7 @@ MISTAKES = {  # what is wrong: (kind of call, how it shows, where, (old, new) te
     "a part begins at the first of the call's own sinks": ("on a ring, cut", "assert", PRODUCER, (
         "i_kv, sinks_at, sinks,", "i_kv, 0, sinks,",
     )),
-    "an item that is cut is written whole": ("on a ring, cut", "assert|race", KEEP, (
+    "an item that is cut is written whole": ("on a ring, cut", "assert|race", OUTPUTS, (
         "item.unit > 0", "item.unit > 10**6",
     )),
     "the first segment has no keys": ("on a ring, cut", "assert|race|phase|deadlock", CUT, (

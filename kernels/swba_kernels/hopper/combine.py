@@ -13,7 +13,6 @@ from .compat import allow_dependents, await_prerequisites
 from .forward_cut import merge_of
 
 FIELDS = gl.constexpr(6)  # of an entry in the table: row, head, first query, first unit, units between parts, parts
-MAX_PARTS = 64
 PARTS_AT_ONCE = 8
 
 

@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 
-from .combine import MAX_PARTS
-
 # Beyond these, fractions of a ring are longer than its key tiles: so a fraction times the key tiles of a ring of 2^25
 # slots fits 32 bits, which divide fast.
 MOST_SLOTS_BY_TILES = 4096 * 64
@@ -122,6 +120,7 @@ _MEMORY = 2800.0  # bytes in a cycle that such CTAs read beyond that cache; fitt
 _CUT = 1.05  # slowdown of cut tiles, whose neighbours read other keys
 _IDLE = 0.6  # exponent: half the rows of a tile take 2 ** -0.6 of its time, for nobody fills the waits
 _SHORTEST = 2  # key tiles of a part that is worth a CTA's start
+MAX_PARTS = 64  # of a tile: more leave the merge to too few CTAs
 _SPLITS = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # of the small kernel
 
 

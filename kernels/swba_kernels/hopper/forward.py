@@ -25,7 +25,7 @@ from .assembler import own_assembler
 from .combine import PARTS_AT_ONCE, combine_cut, rows_of_program
 from .forward_consumer import consume
 from .forward_cut import Cut, Cuts, Load, choose_cut
-from .forward_keep import Outputs
+from .forward_outputs import Outputs
 from .forward_plan import plan_forward
 from .forward_producer import Inputs, produce
 from .forward_shared import Bars, Buffers, Call
@@ -85,6 +85,7 @@ def _forward(
         heavy_items, group_items, last, per_block, lacking, heavy, light, items, p_ticket,
     )  # fmt: skip
     cuts = Cuts(whole_items, whole, cut, parts, p_part, p_part_lse)
+    gl.static_assert(not CUT or (RING and not Q_SINK and not STRADDLE))
     SEGMENTS: gl.constexpr = (5 if Q_SINK else 4) if RING else (2 if SINKS else 1)
     # Constants cannot sit in a tuple bound to a name, so the argument lists are spelled out.
     if GROUPS == 2:
@@ -167,6 +168,14 @@ def cut_of_call(items: int, lanes: int, keys: int, config: Config, head_dim: int
     return choose_cut(Load(items, -(-keys // columns), tile_time, rows, head_dim, multiprocessors), lanes)
 
 
+def check_cut(cut: Cut, items: int, possible: bool) -> None:
+    """Raise ValueError if a row of so many items cannot be cut like this."""
+    if not possible:
+        raise ValueError("cut: items are cut on a ring only, and without a q_sink")
+    if min(cut) < 0 or cut.whole + cut.cut != items or cut.parts < (2 if cut.cut else 1):
+        raise ValueError(f"cut: expected {items} items of a row, of which some come in two parts or more, got {cut}")
+
+
 def cuts_of_call(cut: Cut | None, batch: int, groups: int, head_dim: int, device: torch.device) -> Cuts:
     """Return what the kernels are told of a cut, with new workspaces."""
     if cut is None:
@@ -206,9 +215,13 @@ def forward(
         ring: history of each row.
         config: replaces the choice of `choose_config`, and the kernel for small blocks.
         cut: replaces the choice of `choose_cut`, on a ring and without q_sink; one that cuts nothing leaves all whole.
+            (Partial results take batch * cut.cut * cut.parts * consumers * 64 * (D + 1) * 4 bytes.)
 
     Returns:
         out [B, H, N, D] with the dtype and layout of q; natural log-sum-exp, float32 [B, H, N].
+
+    Raises:
+        ValueError: `config` or `cut` does not fit the call.
     """
     if scale < 0:
         q, q_sink, scale = -q, None if q_sink is None else -q_sink, -scale
@@ -234,22 +247,19 @@ def forward(
     config, straddle = config or choose_config(
         head_dim, min(block_size, n), min(window + sink, n), ring is not None, may_straddle
     )
-    weighed = (window, sink) if ring is None else (0, 0)
+    weighed = (window, sink) if ring is None else (0, 0)  # on a ring all count as heavy: a row's items are in a row
     plan = plan_forward(n, block_size, *weighed, grid_start, config.groups * 64, straddle)
     rows = config.columns
     rings = (None, None) if ring is None else (descriptor(ring.k, rows), descriptor(ring.v, rows))
     position, lanes, ring_window = (None, None, 1) if ring is None else (*ring[2:], ring.k.shape[2] - sink)
-    items = heads * plan.tiles  # of a row
-    if ring is None or q_sink is not None:
-        cut = None
-    elif cut is None and batch <= ring.k.shape[0]:
-        cut = cut_of_call(items, ring.k.shape[0], window + sink, config, head_dim, multiprocessors(q.device))
-    elif cut is not None and (min(cut) < 0 or cut.parts < min(cut.cut, 1) + 1 or cut.whole + cut.cut != items):
-        raise ValueError(f"cut: expected {items} items of a row, of which some come in two parts or more, got {cut}")
-    if cut is not None and cut.cut == 0:
-        cut = None
+    if ring is not None and q_sink is None and cut is None and batch <= ring.k.shape[0]:
+        sms = multiprocessors(q.device)
+        cut = cut_of_call(heads * plan.tiles, ring.k.shape[0], window + sink, config, head_dim, sms)
+    elif cut is not None:
+        check_cut(cut, heads * plan.tiles, ring is not None and q_sink is None)
+        cut = cut if cut.cut else None
     cuts = cuts_of_call(cut, batch, config.groups, head_dim, q.device)
-    items = batch * (items if cut is None else cut.whole + cut.cut * cut.parts)
+    items = batch * (heads * plan.tiles if cut is None else cut.whole + cut.cut * cut.parts)
     ctas = min(multiprocessors(q.device), items)
     of_plan = (batch * heads * plan.heavy, batch * heads * plan.per_block, *plan)
     ticket = (torch.zeros if items > ctas else torch.empty)(1, dtype=torch.int32, device=q.device)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .compat import cta_barrier
-from .forward_keep import keep
+from .forward_outputs import keep
 from .forward_plan import walk_of
 from .forward_shared import keys_of_tile, told_item
 from .notes import told

@@ -47,7 +47,9 @@ _MERGE = {64: 4.0, 128: 6.0}  # of the merge besides its bytes, by head dim
 _MERGE_BYTES = 2.5e6  # of partial results, written and read in a microsecond
 _FEWEST_TILES = 2  # of a part
 _MOST_PARTS = 32
-_GAIN = 0.97  # a cut must take less than this of the time without
+_MOST_BYTES = 64 << 20  # of partial results
+_GAIN = 0.97  # a cut must take less than this of the time without, on average
+_LOSS = 1.15  # and for no number of rows more than about this
 
 
 class Load(NamedTuple):
@@ -89,22 +91,27 @@ def time_of(cut: Cut, load: Load, batch: int) -> float:
 def choose_cut(load: Load, lanes: int) -> Cut | None:
     """Return how the items of a batch row are best cut; None if they are best left whole.
 
-    A call may have as many rows as the ring has `lanes`, or one: a cut gains over both and loses in neither.
+    A call may have any number of rows up to the ring's `lanes`. The cut is the best for one and for all of them
+    together (by the product of the times), loses for neither, and _LOSS at most for the numbers between that are tried.
     """
     rounds = -(-load.items * lanes // load.multiprocessors)
     if (1 - _GAIN) * rounds > 1:  # a cut saves a round at most
         return None
     uncut = Cut(load.items, 0, 1)
-    base = [time_of(uncut, load, batch) for batch in (1, lanes)]
+    base = {batch: time_of(uncut, load, batch) for batch in (*range(1, lanes, -(-lanes // 8)), lanes)}
 
-    def gain(cut: Cut) -> float:
-        one, all_lanes = (time_of(cut, load, batch) / before for batch, before in zip((1, lanes), base, strict=True))
-        return one * all_lanes if max(one, all_lanes) <= 1 else 1.0
+    def time(cut: Cut) -> float:
+        return time_of(cut, load, 1) / base[1] * time_of(cut, load, lanes) / base[lanes]
 
+    most = _MOST_BYTES // (lanes * load.rows * load.head_dim * 4)  # parts of a row
     wholes = {min(i * load.multiprocessors // batch, load.items - 1) for batch in (1, lanes) for i in range(rounds)}
     parts = range(2, min(load.tiles // _FEWEST_TILES, _MOST_PARTS) + 1)
-    best = min((Cut(x, load.items - x, p) for x in wholes for p in parts), key=gain, default=uncut)
-    return best if gain(best) < _GAIN**2 else None
+    cuts = [Cut(x, load.items - x, p) for x in wholes for p in parts if (load.items - x) * p <= most]
+    for _, cut in sorted((taken, cut) for cut in cuts if (taken := time(cut)) < _GAIN**2):
+        times = [time_of(cut, load, batch) / before for batch, before in base.items()]
+        if max(times[0], times[-1]) <= 1 and max(times) <= _LOSS:
+            return cut
+    return None
 
 
 @gluon.jit
@@ -166,7 +173,7 @@ def share_of(length, before, low, high, columns):
 
 @gluon.jit
 def in_front(own, sinks, ring, low):
-    """Return the lengths of four segments in the same order, but those without keys last if they were first."""
+    """Return the lengths of four segments, in order, from the first one on that has keys; zeros follow."""
     for _ in gl.static_range(3):
         if own == 0:
             own = sinks

@@ -122,11 +122,11 @@ def _copy_item(
 def _copy_share(
     at, inputs, buffers, bars, call, cuts, stage, phase, q_stage, q_phase, SINKS: gl.constexpr, LANES: gl.constexpr
 ):
-    """Copy as `_copy_item` on a ring without Q_SINK, where an item may be a part of one: what its share of tiles is."""
+    """Copy as `_copy_item`, on a ring and without Q_SINK, the share of an item's key tiles that a part of it reads."""
     GROUPS: gl.constexpr = buffers.out.shape[0]
     COLUMNS: gl.constexpr = buffers.k.shape[1]
-    whole, part, count = part_of(at, cuts)
-    i_b, i_h, row, end = place(whole, call, GROUPS * 64, False)
+    i_item, part, count = part_of(at, cuts)
+    i_b, i_h, row, end = place(i_item, call, GROUPS * 64, False)
     first, sinks, start, held, low, _, _ = keys_of(i_b, end, call, True, False)
     own = end - first
     before_ring = tiles_of(own, COLUMNS) + tiles_of(sinks, COLUMNS)

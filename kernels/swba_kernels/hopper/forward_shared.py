@@ -28,7 +28,8 @@ class Item(NamedTuple):
     """A work item, as the producer tells the consumers, who would lose time over its divisions.
 
     The keys of each segment come in the order of the tiles: own window, own sinks, two parts of a ring. With Q_SINK own
-    sinks come behind the ring's parts, and a ring's sinks, `kept`, last.
+    sinks come behind the ring's parts, and a ring's sinks, `kept`, last. Of a part of an item `own` is the first of the
+    segments that it reads of, and so on.
     """
 
     row: Any  # the first query row
