@@ -17,6 +17,8 @@ from swba_kernels.pattern import BlockWindow
 from .config import StreamConfig
 from .errors import StreamStateError
 
+MOST_TOKENS = 2**62  # before a history that begins anew; positions have 64 bits
+
 
 class StagedTokens(NamedTuple):
     """Keys and values [B, Hkv, n, D] that a prefill on history writes at its commit, `offset` tokens into the call."""
@@ -161,8 +163,8 @@ def check_extension(
 
 def check_history_start(start: int, tokens: int, position: int, sink: int, window: int) -> None:
     """Raise StreamStateError unless a prefill of `tokens` may take the place of a history of `position` tokens."""
-    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-        raise StreamStateError(f"history_start: expected None or an int of at least 0, got {start!r}")
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start <= MOST_TOKENS:
+        raise StreamStateError(f"history_start: expected None or an int from 0 to {MOST_TOKENS}, got {start!r}")
     if tokens < 1:
         raise StreamStateError(f"tokens: expected at least 1, got {tokens}")
     if position < min(start, sink):

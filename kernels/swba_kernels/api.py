@@ -121,8 +121,8 @@ def prefill_attention(
         sm_scale, return_lse, impl: as in `block_window_attention`.
 
     Returns:
-        As `block_window_attention`; not differentiable. A row's bits depend on its own numbers, the shapes and the GPU,
-        not on the other rows, where the call has no more rows than the rings have lanes.
+        As `block_window_attention`; not differentiable. A row's bits depend on its own numbers, on the GPU, and on the
+        shapes but for the number of rows, where that is at most the rings' number of lanes.
 
     Raises:
         TypeError, ValueError: an argument is not as described. Values on a GPU (position, lanes) are not checked.

@@ -83,6 +83,15 @@ def test_a_prefill_that_builds_the_history_anew_counts_blocks_from_its_end() -> 
     assert seen[0].tolist() == [[*range(48 - 30, 51 - 30), *range(51 - 36, 57 - 36), *range(57 - 42, 63 - 42)]]
 
 
+@pytest.mark.parametrize("start", [-1, True, 1.0, 2**62 + 1])
+def test_a_history_begins_at_a_position_of_64_bits(start) -> None:
+    engine, _ = watched(STREAM)
+    engine.prefill(torch.randn(1, 63, 3))
+    with pytest.raises(StreamStateError, match="history_start: expected None or an int from 0 to"):
+        engine.prefill(torch.randn(1, 15, 3), history_start=start)
+    assert engine.position == (63,)
+
+
 @pytest.mark.parametrize("frames", [10**6, 10**9])
 def test_a_stream_far_along_is_the_stream_near_its_start_with_the_window_turned_again(frames) -> None:
     """Keys of the window and queries move on by so many frames together, while the sinks stay behind."""

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-CTAS = 2000
+CTAS = 2000  # more than run at once: racecheck names only some
 PARTITIONS = 3
 
 
