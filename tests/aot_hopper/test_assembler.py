@@ -201,10 +201,17 @@ def test_the_choice_of_torch_is_set_aside_and_comes_back(monkeypatch: pytest.Mon
     assert os.environ[VARIABLE] == os.environ[NEWER] == TORCHS
 
 
-def test_a_choice_that_torch_makes_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [None, TORCHS])
+def test_a_choice_that_somebody_makes_meanwhile_stays(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    """Of both variables, whether they said something before or not."""
+    for variable in (VARIABLE, NEWER):
+        monkeypatch.delenv(variable, raising=False)
+        if before:
+            monkeypatch.setenv(variable, before)
     with tritons_own_assembler():
-        monkeypatch.setenv(VARIABLE, TORCHS)
-    assert os.environ[VARIABLE] == TORCHS
+        for variable in (VARIABLE, NEWER):
+            monkeypatch.setenv(variable, f"/somewhere/{variable}")
+    assert all(os.environ[variable] == f"/somewhere/{variable}" for variable in (VARIABLE, NEWER))
 
 
 @pytest.mark.parametrize("variables", [(VARIABLE,), (NEWER,), (VARIABLE, NEWER)], ids=" and ".join)

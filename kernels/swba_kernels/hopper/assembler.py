@@ -28,7 +28,7 @@ NEWER = "TRITON_PTXAS_BLACKWELL_PATH"  # for GPUs after Hopper, and in Triton 3.
 TUNED_WITH = "12.8"
 _lock = Lock()
 _users = 0
-_set_aside: dict[str, str | None] = {}  # what the variables said that say something else while there are users
+_changed: dict[str, tuple[str | None, str | None]] = {}  # while there are users: what variables said, and say now
 
 
 def is_torchs(path: str | None) -> bool:
@@ -75,7 +75,7 @@ def _leave() -> None:
     global _users
     with _lock:
         _users -= 1
-        if _users == 0 and _set_aside:
+        if _users == 0 and _changed:
             _restore()
             _forget()
 
@@ -83,7 +83,7 @@ def _leave() -> None:
 def _choose() -> None:
     for variable in (VARIABLE, NEWER):
         if is_torchs(os.environ.get(variable)):
-            _set_aside[variable] = os.environ.pop(variable)
+            _change(variable, None)
     try:
         taken = _for_hopper()
     except (ImportError, RuntimeError):  # Triton came without one: torch's is better than none
@@ -94,19 +94,30 @@ def _choose() -> None:
 
         with suppress(OSError, RuntimeError):  # it came without `ptxas`: what it takes for Hopper stays
             if taken != knobs.nvidia.ptxas:
-                os.environ[NEWER] = knobs.nvidia.ptxas.path
-                _set_aside.setdefault(NEWER, None)
-    if _set_aside:
+                _change(NEWER, knobs.nvidia.ptxas.path)
+    if _changed:
         _forget()
 
 
+def _change(variable: str, value: str | None) -> None:
+    before, _ = _changed.get(variable, (os.environ.get(variable), None))
+    _changed[variable] = before, value
+    _put(variable, value)
+
+
 def _restore() -> None:
-    for variable, path in _set_aside.items():
-        if path is None:
-            os.environ.pop(variable, None)
-        else:
-            os.environ[variable] = path
-    _set_aside.clear()
+    """Take the changes back, but for what somebody else has changed meanwhile."""
+    for variable, (before, now) in _changed.items():
+        if os.environ.get(variable) == now:
+            _put(variable, before)
+    _changed.clear()
+
+
+def _put(variable: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
 
 
 def _for_hopper() -> Any:
