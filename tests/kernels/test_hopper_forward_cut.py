@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from aot import record_launches
+from forward_calls import items_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from swba_kernels import BlockWindow
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -174,11 +177,12 @@ def test_a_choice_takes_the_host_no_longer_than_a_call(items, lanes, monkeypatch
 def test_chosen_cuts_are_near_the_fastest_that_were_measured() -> None:
     losses = []
     for result in json.loads(MEASURED.read_text())["results"]:
-        us, head_dim, window = result["us"], result["head_dim"], result["ws"] * result["block_size"] + result["sink"]
-        n = result["blocks"] * result["block_size"]
-        config, _ = choose_config(head_dim, result["block_size"], window, True, False)
-        items = result["heads"] * plan_forward(n, result["block_size"], 0, 0, 0, config.groups * 64).tiles
-        cut = cut_of_call(items, result["lanes"], window, config, head_dim, 132)
+        us, head_dim, block = result["us"], result["head_dim"], result["block_size"]
+        pattern = BlockWindow(block, result["ws"] * block, result["sink"])
+        keys = pattern.window + pattern.sink
+        config, _ = choose_config(head_dim, block, keys, True, False)
+        items = items_of(result["blocks"] * block, pattern, head_dim, result["heads"])
+        cut = cut_of_call(items, result["lanes"], keys, config, head_dim, 132)
         chosen = us["none"] if cut is None else us[f"{cut.whole}/{cut.parts}"]
         assert chosen < 1.01 * us["none"], result
         losses.append(chosen / min(us.values()) - 1)

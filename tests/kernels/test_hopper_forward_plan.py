@@ -31,6 +31,7 @@ def plain_functions():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward_plan, "block_end", block_end)
         patch.setattr(forward_plan, "own_keys", own_keys)
+        patch.setattr(forward_plan, "tiles_of", forward_plan.tiles_of.fn)
         yield
 
 

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .compat import cta_barrier
 from .forward_outputs import keep
-from .forward_plan import walk_of
+from .forward_plan import tiles_of, walk_of
 from .forward_shared import keys_of_tile, told_item
 from .notes import told
 from .pipeline import next_stage, overlaps
@@ -154,7 +154,7 @@ def _next_segment(
         acc, p, top, total, stage, phase = _next_tile(
             q, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, FIRST, TURNS, GROUP
         )
-        for _ in range((length + COLUMNS - 1) // COLUMNS - 1):
+        for _ in range(tiles_of(length, COLUMNS) - 1):
             acc, p, top, total, stage, phase = _next_tile(
                 q, length, None, scale2, acc, p, top, total, buffers, bars, stage, phase, NOTHING, TURNS, GROUP
             )

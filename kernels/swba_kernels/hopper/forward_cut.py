@@ -8,7 +8,7 @@ is a fraction of the key tiles that its block sees, counted on the device.
 How a row's items are cut depends on the call's sizes without its rows, on the ring's, its lanes among them, and on the
 GPU: on nothing that another row brings along, so neither do a row's bits.
 
-A unit is 64 query rows of one part: rows [64 u, 64 u + 64) of the workspace.
+Units of the workspace are those of combine.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .forward_plan import place_of, rows_of
+from .forward_plan import place_of, rows_of, tiles_of
 
 
 class Cut(NamedTuple):
@@ -149,12 +149,6 @@ def merge_of(
     head, block, tile = place_of(item, heavy_items, group_items, last, per_block, lacking, heavy, light)
     first, end = rows_of(block, tile, n, block_size, grid_start, groups * 64)
     return head, first + group * 64, end, i_cut * parts * groups + group
-
-
-@gluon.jit
-def tiles_of(length, columns):
-    """Return in how many tiles a segment of `length` keys comes."""
-    return (length + columns - 1) // columns
 
 
 @gluon.jit

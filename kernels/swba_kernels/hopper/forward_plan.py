@@ -123,13 +123,19 @@ def keys_of_rows(row, stop, n, block_size, window, sink, grid_start):
 
 
 @gluon.jit
+def tiles_of(length, columns):
+    """Return in how many tiles a segment of `length` keys comes."""
+    return (length + columns - 1) // columns
+
+
+@gluon.jit
 def walk_of(first, end, low, last_end, sink, columns):
     """Return (skipped, met, rest): how many tiles of the keys [first, end) a consumer meets.
 
     They go backwards from `end`, and its rows see [low, last_end) and all the `sink` first keys.
     """
-    tiles = (end - first + columns - 1) // columns
-    skipped = tiles - (last_end - first + columns - 1) // columns
+    tiles = tiles_of(end - first, columns)
+    skipped = tiles - tiles_of(last_end - first, columns)
     rest = 0 if sink > 0 else (low - first) // columns
     return skipped, tiles - skipped - rest, rest
 

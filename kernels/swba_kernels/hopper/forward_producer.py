@@ -9,7 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .compat import box, tma_load
-from .forward_cut import in_front, part_of, share_of, tiles_of
+from .forward_cut import in_front, part_of, share_of
+from .forward_plan import tiles_of
 from .forward_shared import Item, keys_of, keys_of_tile, next_item, place
 from .notes import tell
 from .pipeline import next_stage
